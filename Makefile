@@ -1,0 +1,46 @@
+# make demo    before/after on the bundled model, written to out/
+# make test    the whole suite except tests that need a GPU
+# make lint    ruff and mypy
+# make wheel   wheel and sdist in dist/
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/diffaccel demo --output out
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed-dev
+	$(PIP) install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) dist out .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, at the pinned version: a later requirement can then no longer pick another build.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(INPUTS)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[metrics]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
