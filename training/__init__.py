@@ -1,0 +1,1 @@
+"""How the bundled miniature models were made; not part of the installed package."""

@@ -1,0 +1,84 @@
+"""Put the trained parts together as a StableDiffusionPipeline folder in half precision.
+
+python -m training.assemble --out training/out --to diffaccel/miniatures/shapes-sd
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from training.common import DEFAULT_OUT, PACKAGE_FOLDER, load_checkpoint
+from training.make_latents import load_autoencoder
+from training.train_unet import build_scheduler, build_unet, load_text
+
+PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_unet(out: Path) -> tuple[UNet2DConditionModel, float]:
+    """The averaged UNet of `out` and the factor its latents were scaled by."""
+    saved = load_checkpoint(out / "unet.pt")
+    if saved is None:
+        raise FileNotFoundError(f"no {out / 'unet.pt'}: run training.train_unet first")
+    unet = build_unet()
+    for parameter, value in zip(unet.parameters(), saved["average"], strict=True):
+        parameter.data.copy_(value)
+    return unet.eval(), saved["scale"]
+
+
+def build_pipeline(out: Path) -> StableDiffusionPipeline:
+    """The pipeline of the latest checkpoints, in float32."""
+    unet, scale = load_unet(out)
+    vae = load_autoencoder(out)
+    vae.register_to_config(scaling_factor=scale)
+    tokenizer, text = load_text(out)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def assemble(out: Path, to: Path) -> int:
+    """Write model and judge into `to`, replacing what was there; returns the bytes of the folder."""
+    for part in (*PARTS, "judge"):
+        shutil.rmtree(to / part, ignore_errors=True)
+    pipe = build_pipeline(out).to("cpu")
+    for part in ("vae", "unet", "text_encoder"):
+        getattr(pipe, part).half()
+    pipe.save_pretrained(to, safe_serialization=True)
+    if (out / "judge").exists():
+        shutil.copytree(out / "judge", to / "judge")
+    _forget_where(to)
+    return sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
+
+
+def _forget_where(folder: Path) -> None:
+    """Drop the paths of the training machine that libraries leave in configuration files."""
+    import json
+
+    for file in folder.rglob("*.json"):
+        value = json.loads(file.read_text())
+        kept = {key: item for key, item in value.items() if key not in ("_name_or_path", "name_or_path")}
+        if kept != value:
+            file.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--to", type=Path, default=PACKAGE_FOLDER)
+    options = parser.parse_args()
+    print(f"{assemble(options.out, options.to) / 1e6:.1f} MB in {options.to.name}")
+
+
+if __name__ == "__main__":
+    main()

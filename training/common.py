@@ -1,0 +1,106 @@
+"""What every training script shares: the wall clock, the averaged weights, atomic checkpoints, scene batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKAGE_FOLDER = Path(__file__).resolve().parent.parent / "diffaccel" / "miniatures" / "shapes-sd"
+DEFAULT_OUT = Path(__file__).resolve().parent / "out"
+
+
+class Clock:
+    """Training progress by wall time: 0 at the start, 1 when the minutes are used up.
+
+    Progress survives a restart, because the seconds already spent are handed in and read out again.
+    """
+
+    def __init__(self, minutes: float, spent_seconds: float = 0.0) -> None:
+        self.budget_seconds = minutes * 60
+        self._begin = time.monotonic() - spent_seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.seconds / self.budget_seconds)
+
+
+def learning_rate(peak: float, progress: float, step: int, warmup: int = 100, hold: float = 0.0) -> float:
+    """Linear warm-up, flat until `hold`, then half a cosine down to nearly zero at progress 1."""
+    ramp = min(1.0, (step + 1) / warmup)
+    late = max(0.0, (progress - hold) / max(1e-9, 1 - hold))
+    return peak * ramp * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Average:
+    """Exponential moving average of a module's parameters, with a warm start."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.values = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.values, [p.detach() for p in module.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for parameter, value in zip(module.parameters(), self.values, strict=True):
+            parameter.copy_(value)
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that a killed run never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """A checkpoint written here before, or None; weights_only, so nothing in it is executed."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def in_chunks(function: Callable[[Any], Tensor], rows: Any, size: int) -> Tensor:
+    """Apply `function` to slices of `rows` and join the results."""
+    return torch.cat([function(rows[start : start + size]) for start in range(0, len(rows), size)])
+
+
+def seeded(seed: int) -> tuple[random.Random, torch.Generator]:
+    """The two generators scenes and pixels are drawn from."""
+    return random.Random(seed), torch.Generator().manual_seed(seed)
+
+
+def mean(values: Iterable[float]) -> float:
+    rows = list(values)
+    return sum(rows) / max(1, len(rows))

@@ -1,0 +1,146 @@
+"""Measure the shipped model on prompts about scenes that training never saw.
+
+python -m training.evaluate --singles 512 --pairs 512
+
+Writes evaluation.json into the model's folder: a sweep over guidance scales on one fixed set of prompts and
+seeds, then the figures at the best scale on other prompts, with 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from diffaccel.miniatures.judge import Judge, Verdict
+from diffaccel.miniatures.scenes import PromptCase, held_out_prompts
+from training.common import DEFAULT_OUT, PACKAGE_FOLDER, write_json
+
+FIELDS = ("shape", "colour", "texture", "both", "all_attributes", "relation", "correct")
+SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+STEPS = 25
+BATCH = 32
+SWEEP_SEED, FINAL_SEED = 11, 12
+
+
+def generate(
+    pipe: StableDiffusionPipeline,
+    cases: Sequence[PromptCase],
+    scale: float,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> Tensor:
+    """(n, 3, 128, 128) in [0, 1]; picture i depends on its prompt and on seed * 100000 + i only."""
+    rows = []
+    for start in range(0, len(cases), BATCH):
+        part = cases[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(seed * 100_000 + start + i) for i in range(len(part))]
+        rows.append(
+            pipe(
+                [case.prompt for case in part],
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=generators,
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(rows)
+
+
+def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> dict[str, float]:
+    """Mean of (n,) booleans with a 95 % bootstrap interval, as shares."""
+    generator = torch.Generator().manual_seed(seed)
+    values = values.float()
+    picks = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = values[picks].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def summary(verdict: Verdict) -> dict[str, dict[str, float]]:
+    return {name: interval(getattr(verdict, name)) for name in FIELDS}
+
+
+def sweep(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> list[dict[str, float]]:
+    """Share correct of `count` single and `count` pair prompts at each guidance scale, same seeds throughout."""
+    singles, pairs = (held_out_prompts(kind, count, SWEEP_SEED) for kind in ("single", "pair"))
+    rows = []
+    for scale in SCALES:
+        row: dict[str, float] = {"guidance": scale}
+        for name, cases in (("single", singles), ("pair", pairs)):
+            verdict = judge.score(generate(pipe, cases, scale), cases)
+            row[f"{name}_attributes"] = round(verdict.all_attributes.float().mean().item(), 4)
+            row[f"{name}_correct"] = round(verdict.accuracy, 4)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def best_scale(rows: Sequence[dict[str, float]]) -> float:
+    return max(rows, key=lambda row: row["single_correct"] + row["pair_correct"])["guidance"]
+
+
+def contact_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Save the first pictures side by side, in whole rows."""
+    count = len(images) // columns * columns
+    grid = (images[:count] * 255).round().byte().view(-1, columns, 3, *images.shape[-2:])
+    rows, _, _, height, width = grid.shape
+    plane = grid.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(plane.numpy()).save(path)
+
+
+def evaluate(
+    pipe: StableDiffusionPipeline,
+    judge: Judge,
+    counts: tuple[int, int, int],
+    out: Path,
+    scale: float | None = None,
+) -> dict[str, Any]:
+    """The whole report; `counts` are prompts for the sweep, single and pair prompts for the figures."""
+    begin = time.monotonic()
+    rows = sweep(pipe, judge, counts[0]) if scale is None else []
+    scale = best_scale(rows) if scale is None else scale
+    report: dict[str, Any] = {"recommended_guidance": scale, "steps": STEPS, "sampler": "DDIM", "sweep": rows}
+    report["sweep_prompts_per_kind"] = counts[0]
+    for kind, count in (("single", counts[1]), ("pair", counts[2])):
+        cases = held_out_prompts(kind, count, FINAL_SEED)
+        images = generate(pipe, cases, scale)
+        report[kind] = {"prompts": count, **summary(judge.score(images, cases))}
+        print(kind, json.dumps(report[kind]), flush=True)
+        contact_sheet(images[:64], out / f"{kind}.png")
+        (out / f"{kind}.txt").write_text("\n".join(case.prompt for case in cases[:64]) + "\n")
+    report["seconds"] = round(time.monotonic() - begin)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=PACKAGE_FOLDER)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "evaluation")
+    parser.add_argument("--sweep", type=int, default=64, help="prompts of each kind per guidance scale")
+    parser.add_argument("--singles", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--guidance", type=float, help="skip the sweep and use this scale")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    pipe = StableDiffusionPipeline.from_pretrained(
+        options.model, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipe.to(options.device).set_progress_bar_config(disable=True)
+    judge = Judge.load(options.model / "judge")
+    counts = (options.sweep, options.singles, options.pairs)
+    report = evaluate(pipe, judge, counts, options.out, options.guidance)
+    write_json(options.model / "evaluation.json", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Train the judge on freshly drawn scenes, and its validity output on damaged ones.
+
+python -m training.train_judge --out training/out --minutes 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffaccel.miniatures.judge import FIELDS, LAYOUTS, SIDE, Judge, JudgeNetwork, _compare
+from diffaccel.miniatures.scenes import (
+    BACKGROUNDS,
+    PromptCase,
+    Scene,
+    Statement,
+    canonical_slots,
+    random_scene,
+)
+from training.common import (
+    DEFAULT_OUT,
+    Average,
+    Clock,
+    count_parameters,
+    learning_rate,
+    load_checkpoint,
+    save_atomically,
+    seeded,
+    set_rate,
+    write_json,
+)
+from training.scenes_render import render
+
+CHANNELS = (16, 32, 64, 96)
+BATCH = 64
+PEAK_RATE = 3e-3
+Damage = Callable[[Tensor, Tensor, random.Random], Tensor]
+
+
+def class_rows(scene: Scene) -> list[int]:
+    """Two slots x 4 fields (-100 where there is no second object), the layout, the background."""
+    slots = canonical_slots(scene)
+    layout = "single" if "centre" in slots else ("horizontal" if "left" in slots else "vertical")
+    first = [slots[place] for place in ("centre", "left", "top") if place in slots]
+    second = [slots[place] for place in ("right", "bottom") if place in slots]
+    rows = [[values.index(getattr(item, name)) for name, values in FIELDS] for item in first + second]
+    rows += [[-100] * len(FIELDS)] * (2 - len(rows))
+    return [value for row in rows for value in row] + [
+        LAYOUTS.index(layout),
+        BACKGROUNDS.index(scene.background),
+    ]
+
+
+def blend(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """Two scenes on top of each other."""
+    return torch.lerp(picture, other, rng.uniform(0.3, 0.7))
+
+
+def graft(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """One half of each picture."""
+    cut, axis = rng.randint(54, 74), rng.choice((1, 2))
+    return torch.cat([picture.narrow(axis, 0, cut), other.narrow(axis, cut, SIDE - cut)], axis)
+
+
+def smear(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """Too blurred to have a shape."""
+    small = nn.functional.adaptive_avg_pool2d(picture[None], rng.choice((8, 10, 12)))
+    return nn.functional.interpolate(small, (SIDE, SIDE), mode="bicubic")[0].clamp(0, 1)
+
+
+def warp(picture: Tensor, other: Tensor, rng: random.Random, low: float = 6.0, high: float = 12.0) -> Tensor:
+    """Bent out of shape by `low` to `high` pixels."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    field = torch.randn(1, 2, 5, 5, generator=generator)
+    field = field / field.abs().amax() * rng.uniform(low, high) * 2 / SIDE
+    shift = nn.functional.interpolate(field, (SIDE, SIDE), mode="bicubic")[0].permute(1, 2, 0)
+    line = torch.linspace(-1, 1, SIDE)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + shift
+    return nn.functional.grid_sample(picture[None], grid[None], padding_mode="border", align_corners=True)[0]
+
+
+def bite(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """A piece of the middle replaced by the picture's own corner, which is background."""
+    size = rng.randint(20, 30)
+    top, left = (rng.randint(34, SIDE - 34 - size) for _ in range(2))
+    out = picture.clone()
+    patch = picture[:, 2:12, 2:12].mean((1, 2), keepdim=True)
+    out[:, top : top + size, left : left + size] = patch
+    return out
+
+
+def intruder(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """Part of another scene's object in a corner: one object too many."""
+    out, size = picture.clone(), rng.randint(26, 40)
+    row, column = rng.choice((2, SIDE - size - 2)), rng.choice((2, SIDE - size - 2))
+    start = (SIDE - size) // 2
+    out[:, row : row + size, column : column + size] = other[:, start : start + size, start : start + size]
+    return out
+
+
+def empty(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
+    """Nothing but background."""
+    edge = picture[:, :, :6].mean(2, keepdim=True)
+    return edge.expand(-1, -1, SIDE) + 0.008 * torch.randn(1, SIDE, SIDE)
+
+
+DAMAGES: tuple[Damage, ...] = (blend, graft, smear, warp, warp, bite, intruder, empty)
+
+
+def soften(picture: Tensor, rng: random.Random) -> Tensor:
+    """What a good generator may do to a sound picture: a little blur, bending and tint."""
+    if rng.random() < 0.5:
+        picture = warp(picture, picture, rng, 0.2, 1.8)
+    if rng.random() < 0.4:
+        small = nn.functional.interpolate(picture[None], scale_factor=rng.uniform(0.4, 0.8), mode="bilinear")
+        picture = nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")[0]
+    return (picture * rng.uniform(0.93, 1.07) + rng.uniform(-0.02, 0.02)).clamp(0, 1)
+
+
+def batch(
+    rng: random.Random, generator: torch.Generator, count: int = BATCH
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (n, 3, 128, 128), classes (n, 10) and whether each is sound (n,); a third are damaged."""
+    scenes = [random_scene(rng) for _ in range(count)]
+    pictures = render(scenes, generator)
+    sound = torch.tensor([rng.random() > 0.3 for _ in scenes])
+    out = [
+        soften(pictures[i], rng) if good else rng.choice(DAMAGES)(pictures[i], pictures[i - 1], rng)
+        for i, good in enumerate(sound.tolist())
+    ]
+    return torch.stack(out), torch.tensor([class_rows(scene) for scene in scenes]), sound.float()
+
+
+def judge_loss(logits: dict[str, Tensor], classes: Tensor, sound: Tensor) -> Tensor:
+    """Cross entropy of all read-outs on sound pictures plus that of validity on all."""
+    good = sound.bool()
+    total = nn.functional.binary_cross_entropy_with_logits(logits["validity"], sound)
+    for slot in range(2):
+        for index, (name, _) in enumerate(FIELDS):
+            column = classes[good, slot * len(FIELDS) + index]
+            total = total + nn.functional.cross_entropy(logits[name][good, slot], column)
+    total = total + nn.functional.cross_entropy(logits["layout"][good], classes[good, 8])
+    return total + nn.functional.cross_entropy(logits["background"][good], classes[good, 9])
+
+
+def fully_stated(scene: Scene) -> PromptCase:
+    """A case that asks for every attribute of `scene`."""
+    told = (True,) * len(scene.objects)
+    return PromptCase("", scene, Statement(told, told, True))
+
+
+@torch.no_grad()
+def evaluate(network: JudgeNetwork, count: int = 1000, seed: int = 99) -> dict[str, float]:
+    """On new renders: share read right in every attribute, validity of sound and of damaged pictures."""
+    judge, (rng, generator) = Judge(network), seeded(seed)
+    scenes = [random_scene(rng) for _ in range(count)]
+    pictures = torch.cat([render(scenes[start : start + 50], generator) for start in range(0, count, 50)])
+    readings = judge.read(pictures)
+    rows = [_compare(reading, fully_stated(scene)) for reading, scene in zip(readings, scenes, strict=True)]
+    share = torch.tensor(rows).float().mean(0).tolist()
+    names = ("shape", "colour", "texture", "both", "all_attributes", "relation", "correct")
+    found = dict(zip(names, share, strict=True))
+    found["sound_accepted"] = sum(reading.valid for reading in readings) / count
+    for damage in dict.fromkeys(DAMAGES):
+        damaged = torch.stack([damage(pictures[i], pictures[i - 1], rng) for i in range(200)])
+        found[f"{damage.__name__}_rejected"] = 1 - sum(r.valid for r in judge.read(damaged)) / 200
+    found["pictures"] = count
+    return found
+
+
+def save_judge(
+    network: JudgeNetwork, folder: Path, report: dict[str, float], channels: Sequence[int]
+) -> None:
+    """judge.safetensors (half precision) and judge.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.half().contiguous() for name, value in network.state_dict().items()},
+        folder / "judge.safetensors",
+    )
+    config = {"channels": list(channels), "parameters": count_parameters(network), "on_new_renders": report}
+    write_json(folder / "judge.json", config)
+
+
+def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> JudgeNetwork:
+    """Train or continue; writes `out/judge.pt` and the finished files in `out/judge`."""
+    torch.manual_seed(seed)
+    path, network = out / "judge.pt", JudgeNetwork(CHANNELS).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    average, step, spent, saved = Average(network, 0.995), 0, 0.0, load_checkpoint(path)
+    if saved:
+        network.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
+        step, spent = saved["step"], saved["seconds"]
+    clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
+    while clock.progress < 1:
+        set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
+        pictures, classes, sound = (part.to(device) for part in batch(rng, generator))
+        loss = judge_loss(network(pictures), classes, sound)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update(network)
+        step += 1
+        if step % 50 == 0:
+            print(f"judge {step} {clock.seconds:.0f} s loss {loss.item():.3f}", flush=True)
+    state = {
+        "model": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.values,
+        "step": step,
+        "seconds": clock.seconds,
+    }
+    save_atomically(state, path)
+    average.copy_to(network)
+    network = network.cpu().eval()
+    report = evaluate(network)
+    print(json.dumps(report), flush=True)
+    save_judge(network, out / "judge", report, CHANNELS)
+    return network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    train(options.out, options.minutes, options.device)
+
+
+if __name__ == "__main__":
+    main()
