@@ -1,0 +1,63 @@
+"""diffaccel: the same picture sooner, for Hugging Face diffusers pipelines.
+
+Names are loaded on first use, so that `import diffaccel` and `diffaccel --help` stay fast. No public name equals the name
+of a submodule, because importing the submodule would replace it (`wrap` therefore lives in `wrapping.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffaccel.errors import DiffaccelError as DiffaccelError
+    from diffaccel.errors import RecipeError as RecipeError
+    from diffaccel.errors import Unsupported as Unsupported
+    from diffaccel.methods import AdaptiveGuidance as AdaptiveGuidance
+    from diffaccel.methods import GuidanceInterval as GuidanceInterval
+    from diffaccel.methods import SkipCache as SkipCache
+    from diffaccel.methods import StepSchedule as StepSchedule
+    from diffaccel.methods import TokenDownsampling as TokenDownsampling
+    from diffaccel.methods import TokenMerging as TokenMerging
+    from diffaccel.miniatures import load_judge as load_judge
+    from diffaccel.miniatures import load_miniature as load_miniature
+    from diffaccel.recipe import Recipe as Recipe
+    from diffaccel.recipe import presets as presets
+    from diffaccel.report import Report as Report
+    from diffaccel.wrapping import AcceleratedPipeline as AcceleratedPipeline
+    from diffaccel.wrapping import wrap as wrap
+
+_HOME = {
+    "wrap": "wrapping",
+    "AcceleratedPipeline": "wrapping",
+    "Recipe": "recipe",
+    "presets": "recipe",
+    "Report": "report",
+    "GuidanceInterval": "methods",
+    "AdaptiveGuidance": "methods",
+    "SkipCache": "methods",
+    "TokenMerging": "methods",
+    "TokenDownsampling": "methods",
+    "StepSchedule": "methods",
+    "load_miniature": "miniatures",
+    "load_judge": "miniatures",
+    "DiffaccelError": "errors",
+    "Unsupported": "errors",
+    "RecipeError": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"diffaccel.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,52 @@
+"""What every method is: a frozen config that can check a model, attach itself to a run, and say when it does nothing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from diffaccel.model_map import ModelMap
+from diffaccel.run import Layer, Run
+from diffaccel.seams import Seams
+
+
+class Method(BaseModel):
+    """Base of all methods. Settings are validated, never clamped; unknown settings are refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    name: ClassVar[str]
+    layer: ClassVar[Layer]
+
+    @property
+    def is_off(self) -> bool:
+        """True if these settings make the method bit-identical to no method."""
+        raise NotImplementedError
+
+    def check(self, model: ModelMap) -> None:
+        """Raise `Unsupported` with the reason if this method cannot work on this model."""
+
+    def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
+        """Change the pipeline's call arguments (only schedule methods do)."""
+        return arguments
+
+    def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
+        """Install the method for one run. Everything changed must go through `seams`."""
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known to recipes under its `name`."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registry() -> dict[str, type[Method]]:
+    """All methods by name, in the order of their layers."""
+    import diffaccel.methods  # noqa: F401, PLC0415  (its modules register themselves)
+
+    return dict(sorted(_REGISTRY.items(), key=lambda item: (item[1].layer, item[0])))

@@ -1,0 +1,142 @@
+"""Bypassing the deep part of a UNet or ControlNet encoder: the networks' own forwards run, inner modules return at once.
+
+On a full evaluation every bypassed module runs and the shapes of its outputs are noted. On a cached one it returns
+blank tensors of those shapes, which nothing reads: the last bypassed module before decoder layer `depth` returns the
+stored feature F instead. Blank tensors have the real shapes because ControlNet and T2I-Adapter residuals are still
+added to them by the network's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffaccel.models.unet import UNetLayout, layer_count, layer_modules
+from diffaccel.seams import Seams
+
+
+class Feature:
+    """The stored tensor F of one lane, with its predecessor for extrapolation."""
+
+    def __init__(self) -> None:
+        self.now: tuple[torch.Tensor, float | None] | None = None
+        self.before: tuple[torch.Tensor, float | None] | None = None
+
+    def store(self, value: torch.Tensor, position: float | None, *, keep_previous: bool) -> None:
+        """Keep a copy: networks may write to the tensor in place later (FreeU, T2I-Adapter)."""
+        self.before = self.now if keep_previous else None
+        self.now = (value.detach().clone(), position)
+
+    def at(self, position: float | None) -> torch.Tensor:
+        """F itself, or F extrapolated linearly to `position` if two stored positions allow it; always a new tensor."""
+        assert self.now is not None
+        value, here = self.now
+        if self.before is None or position is None or here is None or self.before[1] in (None, here):
+            return value.clone()
+        old, there = self.before
+        assert there is not None
+        return value + (value - old) * ((position - here) / (here - there))
+
+
+class Bypass:
+    """State shared by all bypassed modules of one run; a lane is one network call per evaluation."""
+
+    def __init__(self) -> None:
+        self.cached = False
+        self.lane: Hashable = None
+        self.position: float | None = None
+        self.order = 0
+        self.fresh = True
+        self.features: dict[Hashable, Feature] = {}
+        self.blanks: dict[tuple[Hashable, int], Any] = {}
+
+    def holds(self, lane: Hashable) -> bool:
+        """Whether a feature is stored for this lane."""
+        return lane in self.features
+
+    @contextmanager
+    def active(
+        self, lane: Hashable, *, cached: bool, position: float | None = None, order: int = 0, fresh: bool = True
+    ) -> Iterator[None]:
+        """For one network call: bypass (`cached`) or run and store. `fresh` forgets the feature before the last one."""
+        self.lane, self.cached, self.position, self.order, self.fresh = lane, cached, position, order, fresh
+        try:
+            yield
+        finally:
+            self.lane, self.cached = None, False
+
+    def blank(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Output of a bypassed module that nothing reads."""
+        key = (self.lane, id(module))
+        if self.cached:
+            return self.blanks[key]
+        output = original(*args, **kwargs)
+        if key not in self.blanks or _shapes(self.blanks[key]) != _shapes(output):
+            self.blanks[key] = _zeros_like(output)
+        return output
+
+    def feature(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Output of the module whose output is F."""
+        if self.cached:
+            stored = self.features[self.lane].at(self.position)
+            return (stored,) if kwargs.get("return_dict") is False else stored
+        output = original(*args, **kwargs)
+        value = output[0] if isinstance(output, tuple) else output
+        feature = self.features.setdefault(self.lane, Feature())
+        feature.store(value, self.position, keep_previous=self.order > 0 and not self.fresh)
+        return output
+
+
+def bypass_unet(layout: UNetLayout, depth: int, bypass: Bypass, seams: Seams) -> None:
+    """Bypass everything deeper than skip `depth` in a UNet."""
+    _bypass_encoder(layout, depth, bypass, seams)
+    site = layout.decoder[depth]
+    whole = [] if layout.mid_block is None else [layout.mid_block]
+    whole += list(layout.up_blocks[: site.block])
+    inside = [m for p in range(site.position) for m in layer_modules(layout.up_blocks[site.block], p)]
+    *blanks, source = whole + inside
+    for module in blanks:
+        _install_blank(module, bypass, seams)
+    seams.replace_forward(source, lambda original: lambda *a, **k: bypass.feature(original, a, k))
+
+
+def bypass_controlnet(net: Any, layout: UNetLayout, depth: int, bypass: Bypass, seams: Seams) -> None:
+    """Bypass everything in a ControlNet that no residual up to `depth` needs."""
+    _bypass_encoder(layout, depth, bypass, seams)
+    if depth == layout.depths - 1:
+        return  # at full depth the UNet still adds the fresh residual of the mid block
+    deeper = [layout.mid_block, net.controlnet_mid_block, *net.controlnet_down_blocks[depth + 1 :]]
+    for module in deeper:
+        if module is not None:
+            _install_blank(module, bypass, seams)
+
+
+def _bypass_encoder(layout: UNetLayout, depth: int, bypass: Bypass, seams: Seams) -> None:
+    site = layout.encoder[depth]
+    if site.block >= 0:
+        block = layout.down_blocks[site.block]
+        for position in range(site.position + 1, layer_count(block)):
+            for module in layer_modules(block, position):
+                _install_blank(module, bypass, seams)
+    for block in layout.down_blocks[site.block + 1 :]:
+        _install_blank(block, bypass, seams)
+
+
+def _install_blank(module: nn.Module, bypass: Bypass, seams: Seams) -> None:
+    seams.replace_forward(module, lambda original: lambda *a, **k: bypass.blank(module, original, a, k))
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.dtype, value.device)
+    return tuple(_shapes(item) for item in value)
+
+
+def _zeros_like(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    return tuple(_zeros_like(item) for item in value)

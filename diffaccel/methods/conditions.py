@@ -1,0 +1,118 @@
+"""What a cached feature depends on besides the noisy latents: prompts, adapters, sizes. Used to force a full step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffaccel.run import Call, describe_shapes
+
+# These change on every step by nature: the latents themselves, the time, and residuals computed from them.
+_VARYING = frozenset(
+    {
+        "sample",
+        "timestep",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditioning inputs of one call; tensors are kept so that their memory cannot be reused for others."""
+
+    plain: Any
+    tensors: tuple[torch.Tensor, ...]
+    versions: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, call: Call) -> Conditions:
+        """Conditions of a call: everything but latents, time and residuals, whose presence and shapes still count."""
+        steady = {name: value for name, value in call.arguments.items() if name not in _VARYING}
+        shapes = {name: value for name, value in call.arguments.items() if name in _VARYING and name != "timestep"}
+        tensors = tuple(_tensors(steady))
+        plain = (describe_shapes(shapes), call.branches, tuple(_settings(steady)))
+        return cls(plain, tensors, tuple(_version(tensor) for tensor in tensors))
+
+    def same(self, call: Call) -> bool:
+        """Whether a later call has the same conditions: unchanged memory, or other memory with equal values."""
+        other = Conditions.of(call)
+        if self.plain != other.plain or len(self.tensors) != len(other.tensors):
+            return False
+        return all(
+            now == then if _same_place(a, b) else _equal(a, b)
+            for a, b, then, now in zip(self.tensors, other.tensors, self.versions, other.versions, strict=True)
+        )
+
+
+def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _tensors(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _settings(value[key], f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _settings(item, f"{name}.{index}")
+    else:
+        yield name, describe_shapes(value) if isinstance(value, torch.Tensor) else value
+
+
+class AdapterProbe:
+    """Reads the settings inside a network that change its features: LoRA adapters and scales, IP-Adapter, FreeU."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._find()
+
+    def _find(self) -> None:
+        modules = list(self.network.modules())
+        self._loras = [m for m in modules if isinstance(vars(m).get("scaling"), dict)]
+        processors = [getattr(m, "processor", None) for m in modules]
+        self._scaled = [p for p in processors if getattr(p, "scale", None) is not None]
+        self._blocks = [m for m in modules if hasattr(m, "resolution_idx")]
+        self._adapters = self._adapter_names()
+
+    def _adapter_names(self) -> tuple[str, ...]:
+        return tuple(getattr(self.network, "peft_config", None) or ())
+
+    def state(self) -> tuple[Any, ...]:
+        """A value that changes whenever one of these settings does."""
+        if self._adapter_names() != self._adapters:
+            self._find()
+        loras = tuple(_lora_state(module) for module in self._loras)
+        freeu = tuple(tuple(getattr(b, key, None) for key in ("s1", "s2", "b1", "b2")) for b in self._blocks)
+        return self._adapters, loras, tuple(repr(p.scale) for p in self._scaled), freeu
+
+
+def _lora_state(module: nn.Module) -> tuple[Any, ...]:
+    own: dict[str, Any] = vars(module)
+    merged = tuple(own.get("merged_adapters") or ())
+    return tuple(own["scaling"].items()), str(own.get("_active_adapter")), own.get("_disable_adapters"), merged

@@ -1,0 +1,1 @@
+"""Model knowledge as data: one file per denoiser family."""

@@ -1,0 +1,182 @@
+"""Recipe: an ordered set of method settings. JSON in and out, presets, and which methods do not go together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from diffaccel.errors import RecipeError
+from diffaccel.method import Method, registry
+
+SCHEMA_VERSION = 1
+
+# Pairs that cannot run together, each with the sentence a user sees. All other pairs nest by layer.
+CONFLICTS: dict[frozenset[str], str] = {
+    frozenset({"token_merging", "token_downsampling"}): (
+        "token_merging and token_downsampling both shorten the same self-attentions: after merging there is no token "
+        "grid left to downsample; use one of them."
+    ),
+}
+
+
+class Recipe(BaseModel):
+    """Methods to run together. The order given does not matter: methods nest by their layer.
+
+    Attributes:
+        name: shown in reports.
+        note: one sentence on what the recipe is good for and where that was measured.
+        methods: at most one of each kind.
+    Raises:
+        RecipeError: two methods of one kind, or two that cannot run together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str = "custom"
+    note: str = ""
+    methods: tuple[Method, ...] = ()
+
+    @field_validator("methods")
+    @classmethod
+    def _check_methods(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        check_conflicts(methods)
+        return tuple(sorted(methods, key=lambda method: method.layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        methods = [{"method": m.name, **m.model_dump(mode="json")} for m in self.methods]
+        return {"schema": SCHEMA_VERSION, "name": self.name, "note": self.note, "methods": methods}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Build from the JSON form.
+
+        Raises:
+            RecipeError: unknown keys, methods or schema, or a value out of range, each named.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"a recipe must be a JSON object, not {type(data).__name__}.")
+        if data.get("schema") != SCHEMA_VERSION:
+            raise RecipeError(f"recipe schema {data.get('schema')!r} is not supported; this version reads {SCHEMA_VERSION}.")
+        _refuse_unknown(set(data) - {"schema", "name", "note", "methods"}, "recipe")
+        methods = data.get("methods", [])
+        if not isinstance(methods, list):
+            raise RecipeError("the recipe key 'methods' must be a list.")
+        name, note = data.get("name", "custom"), data.get("note", "")
+        if not isinstance(name, str) or not isinstance(note, str):
+            raise RecipeError("the recipe keys 'name' and 'note' must be text.")
+        return cls(name=name, note=note, methods=tuple(_method_from_dict(item) for item in methods))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON; the file is replaced in one step."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".part")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RecipeError(f"cannot write the recipe to {target}: {error.strerror or error}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a JSON recipe.
+
+        Raises:
+            RecipeError: no such file, no valid JSON, or wrong contents.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not a text file"
+            raise RecipeError(f"cannot read the recipe {path}: {reason}.") from error
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path} is not valid JSON: {error}.") from error
+
+    def describe(self) -> str:
+        """One line: methods with the settings that differ from their defaults."""
+        return " + ".join(_describe(method) for method in self.methods) or "no methods"
+
+
+def _describe(method: Method) -> str:
+    settings = method.model_dump(exclude_defaults=True)
+    inner = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return f"{method.name}({inner})"
+
+
+def _refuse_unknown(keys: Iterable[str], where: str) -> None:
+    unknown = ", ".join(repr(key) for key in sorted(map(str, keys)))
+    if unknown:
+        raise RecipeError(f"unknown {where} key {unknown}.")
+
+
+def _method_from_dict(item: Any) -> Method:
+    if not isinstance(item, dict) or "method" not in item:
+        raise RecipeError("each entry of 'methods' must be an object with the key 'method'.")
+    known = registry()
+    if item["method"] not in known:
+        raise RecipeError(f"unknown method {item['method']!r}; known are {', '.join(known)}.")
+    return build_method(known[item["method"]], {key: value for key, value in item.items() if key != "method"})
+
+
+def build_method(cls: type[Method], settings: dict[str, Any]) -> Method:
+    """A method from plain settings, with pydantic's complaints turned into one sentence."""
+    _refuse_unknown(set(settings) - set(cls.model_fields), cls.name)
+    try:
+        return cls(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([cls.name, *(str(part) for part in first["loc"])])
+        raise RecipeError(f"{where}: {first['msg']} (got {first['input']!r}).") from error
+
+
+def check_conflicts(methods: Sequence[Method]) -> None:
+    """Raise `RecipeError` if two methods are of one kind or cannot run together."""
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{name} appears {names.count(name)} times in one recipe; give it once.")
+    active = {method.name for method in methods if not method.is_off}
+    for pair, sentence in CONFLICTS.items():
+        if pair <= active:
+            raise RecipeError(sentence)
+
+
+def presets() -> dict[str, Recipe]:
+    """The named recipes, by name. Their notes say what they were measured to be worth."""
+    from diffaccel.pipelines.presets import PRESETS  # noqa: PLC0415  (it builds recipes)
+
+    return {recipe.name: recipe for recipe in PRESETS}
+
+
+def resolve_recipe(recipe: Recipe | str | os.PathLike[str] | Method | Sequence[Method]) -> Recipe:
+    """A `Recipe` from any accepted form: recipe, method or list of methods, preset name, path to a JSON file.
+
+    Raises:
+        RecipeError: an unknown name that is no file either, or a list holding something else than methods.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        return _named_or_file(recipe)
+    methods = (recipe,) if isinstance(recipe, Method) else tuple(recipe)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise RecipeError(f"a recipe is made of methods; {method!r} is none.")
+    return Recipe(methods=methods)
+
+
+def _named_or_file(recipe: str | os.PathLike[str]) -> Recipe:
+    known = presets()
+    if isinstance(recipe, str) and recipe in known:
+        return known[recipe]
+    if Path(recipe).suffix == ".json" or Path(recipe).is_file():
+        return Recipe.load(recipe)
+    raise RecipeError(f"unknown recipe {os.fspath(recipe)!r}; presets are {', '.join(known)}, or give a .json file.")

@@ -1,0 +1,90 @@
+"""What a run really did: counted, not promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffaccel.run import Evaluation, Run
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts of one pipeline call.
+
+    Attributes:
+        steps: solver steps taken.
+        evaluations: denoiser forwards really executed (full or partial).
+        rows: batch rows really evaluated, summed over the evaluations.
+        seconds: wall time of the whole pipeline call, text encoders and decoder included.
+        flops: FLOPs of denoiser and ControlNets, counted from the operators that ran (2 per multiply-add).
+        flops_plain: FLOPs of the same call without any method.
+        completed: False if the call ended by an exception or was interrupted before its last step.
+        recipe: the recipe that was asked for.
+        methods: per method, what it did.
+        notes: sentences worth reading: fallbacks, blocks left alone, settings without effect.
+        trace: one entry per executed network call (network, evaluation, sigma, rows, flops, what the methods decided).
+    """
+
+    steps: int
+    evaluations: int
+    rows: int
+    seconds: float
+    flops: int
+    flops_plain: int
+    completed: bool
+    recipe: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+    trace: tuple[Evaluation, ...] = field(default=(), repr=False)
+
+    @property
+    def flops_ratio(self) -> float:
+        """How many times fewer FLOPs than plain; 1.0 if nothing ran."""
+        return self.flops_plain / self.flops if self.flops else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; the trace is left out."""
+        keys = ("steps", "evaluations", "rows", "seconds", "flops", "flops_plain", "completed", "recipe", "methods")
+        return {key: getattr(self, key) for key in keys} | {"notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"recipe        {self.recipe['name']}{'' if self.completed else '   (did not finish)'}",
+            f"steps         {self.steps}",
+            f"evaluations   {self.evaluations}   ({self.rows} rows)",
+            f"seconds       {self.seconds:.2f}",
+            f"FLOPs         {self.flops:.3e}   (plain {self.flops_plain:.3e}, {self.flops_ratio:.2f}x fewer)",
+        ]
+        for name, counts in self.methods.items():
+            lines.append(f"{name:<22}" + ", ".join(f"{key} {value}" for key, value in counts.items()))
+        return "\n".join(lines + [f"note: {sentence}" for sentence in self.notes])
+
+
+def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed: bool) -> Report:
+    """Sum up a run. `completed` says whether the pipeline returned normally."""
+    denoiser = [e for e in run.evaluations if e.network == "denoiser"]
+    return Report(
+        steps=run.clock.step + 1,
+        evaluations=len(denoiser),
+        rows=sum(e.rows for e in denoiser),
+        seconds=seconds,
+        flops=sum(e.flops for e in run.evaluations),
+        flops_plain=round(_plain_flops(run.evaluations) * run.plain_ratio),
+        completed=completed and run.clock.evaluation >= run.clock.total,
+        recipe=recipe,
+        methods=run.counters,
+        notes=tuple(run.notes),
+        trace=tuple(run.evaluations),
+    )
+
+
+def _plain_flops(evaluations: list[Evaluation]) -> float:
+    """Rows the pipeline asked for, times what a row costs in a complete call of the same network in this run."""
+    total = 0.0
+    dense: dict[str, float] = {}
+    for e in evaluations:
+        if e.dense_flops_per_row is not None:
+            dense[e.network] = e.dense_flops_per_row
+        total += e.stock_rows * dense.get(e.network, e.flops / e.rows)
+    return total

@@ -1,0 +1,303 @@
+"""One pipeline call: its clock, its state, and the chain of methods around the denoiser.
+
+A `Run` starts when the call starts and dies with it. Nothing about a call is kept on modules, classes or in globals.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from diffaccel.flops import FlopLedger
+from diffaccel.noise import edm_sigma
+
+Forward = Callable[..., Any]
+Proceed = Callable[["Call"], Any]
+Around = Callable[["Call", Proceed], Any]
+
+
+class Layer(IntEnum):
+    """Nesting order, outside to inside. A layer only saves work of the layers inside it."""
+
+    SCHEDULE = 0
+    GUIDANCE = 1
+    STEP = 2
+    SKIP = 3
+    TOKENS = 4
+    ATTENTION = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser or ControlNet: its arguments by name and what is known about its rows.
+
+    Attributes:
+        arguments: keyword arguments of the call.
+        batched: names of the arguments whose tensors have one row per batch row; all others are never cut.
+        branches: guidance branches stacked along the rows, e.g. ("uncond", "cond"); ("cond",) without guidance; () if
+            the layout is unknown.
+        lane: identifies the stream of calls this one belongs to over the run: the network, and how many calls of it
+            came before in this evaluation (0 in all stock UNet pipelines). Cached tensors are kept per lane.
+        tags: what the methods decided; calls with equal tags and shapes cost the same.
+        saved_flops: FLOPs a dense call would have needed on top, counted by the token methods.
+        complete: False if parts of the network are skipped, so that the call says nothing about the dense cost.
+    """
+
+    arguments: Mapping[str, Any]
+    batched: frozenset[str]
+    branches: tuple[str, ...] = ()
+    lane: tuple[int, int] = (0, 0)
+    tags: tuple[Any, ...] = ()
+    saved_flops: int = 0
+    complete: bool = True
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The noisy input, (rows, channels, h, w)."""
+        sample: torch.Tensor = self.arguments["sample"]
+        return sample
+
+    @property
+    def rows(self) -> int:
+        """Batch rows of this call."""
+        return int(self.sample.shape[0])
+
+    def tagged(self, *tags: Any, saved_flops: int = 0, complete: bool = True) -> Call:
+        """The same call with more tags."""
+        return replace(
+            self,
+            tags=self.tags + tags,
+            saved_flops=self.saved_flops + saved_flops,
+            complete=self.complete and complete,
+        )
+
+    def only(self, branch: str) -> Call:
+        """The rows of one branch. Tensors with another number of rows (guess mode, masks) pass through unchanged."""
+        size = self.rows // len(self.branches)
+        start = self.branches.index(branch) * size
+        cut = functools.partial(_cut_rows, rows=self.rows, start=start, stop=start + size)
+        arguments = {name: cut(value) if name in self.batched else value for name, value in self.arguments.items()}
+        return replace(self, arguments=arguments, branches=(branch,))
+
+
+def _cut_rows(value: Any, *, rows: int, start: int, stop: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[start:stop] if value.dim() > 0 and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {key: _cut_rows(item, rows=rows, start=start, stop=stop) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut_rows(item, rows=rows, start=start, stop=stop) for item in value)
+    return value
+
+
+def map_output(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `change` to the prediction inside a denoiser output (tuple or diffusers output object)."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return type(output)(**{**output, "sample": change(output["sample"])})
+
+
+def prediction(output: Any) -> torch.Tensor:
+    """The prediction tensor inside a denoiser output."""
+    tensor: torch.Tensor = output[0]
+    return tensor
+
+
+@dataclass
+class Clock:
+    """Where the run is. Counts `scheduler.step` calls; never looks a timestep up to find the step.
+
+    Attributes:
+        evaluation: scheduler.step calls finished so far.
+        step: solver steps begun so far minus one; two-stage solvers (Heun, KDPM2) have two evaluations per step.
+        total: evaluations this run will have; known from the first evaluation on.
+        sigma: EDM sigma of the current evaluation.
+        step_sigma: EDM sigma at the start of the current solver step; decisions that must not change inside a step use it.
+    """
+
+    scheduler: Any
+    evaluation: int = 0
+    step: int = -1
+    total: int = 0
+    sigma: float = float("nan")
+    step_sigma: float = float("nan")
+    timestep: float | None = None
+    _entered: int = -1
+
+    def restart(self) -> None:
+        """The scheduler got new timesteps: a run begins."""
+        self.evaluation, self.step, self.total, self._entered, self.timestep = 0, -1, 0, -1, None
+
+    def enter(self, timestep: float) -> bool:
+        """A network is about to be called. Returns True at the first call of an evaluation."""
+        if self._entered == self.evaluation:
+            return False
+        self._entered = self.evaluation
+        timestep = timestep if self.timestep is None else self.timestep
+        index = self._index(timestep)
+        self.total = self.total or self.evaluation + len(self.scheduler.timesteps) - self._position(timestep)
+        self.sigma = edm_sigma(self.scheduler, timestep, index)
+        if bool(getattr(self.scheduler, "state_in_first_order", True)) or self.step < 0:
+            self.step += 1
+            self.step_sigma = self.sigma
+        return True
+
+    def advance(self) -> None:
+        """`scheduler.step` has finished."""
+        self.evaluation += 1
+        self.timestep = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's evaluations that are done, in [0, 1)."""
+        return self.evaluation / self.total
+
+    def _index(self, timestep: float) -> int | None:
+        if not hasattr(self.scheduler, "sigmas"):
+            return None
+        for name in ("step_index", "begin_index"):  # step_index is None before the first step of some schedulers
+            index = getattr(self.scheduler, name, None)
+            if index is not None:
+                return int(index)
+        return self._position(timestep)
+
+    def _position(self, timestep: float) -> int:
+        """First position of the run's first timestep: img2img pipelines start inside the list."""
+        timesteps = torch.as_tensor(self.scheduler.timesteps)
+        return int((timesteps - timestep).abs().argmin())
+
+
+@dataclass
+class Evaluation:
+    """What one executed network call was, for the report."""
+
+    network: str
+    evaluation: int
+    sigma: float
+    rows: int
+    stock_rows: int
+    flops: int
+    dense_flops_per_row: float | None
+    tags: tuple[Any, ...]
+
+
+@dataclass
+class Run:
+    """All state of one pipeline call.
+
+    Attributes:
+        clock: the only step counter; methods read it and never count for themselves.
+        measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
+        images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
+        guided: False while a guidance method drops the unconditional rows of this evaluation.
+        plain_ratio: evaluations of the plain call over evaluations of this one (schedule methods change it).
+        evaluations: every executed network call, in order.
+        counters: per method name, what it did; printed in the report.
+        notes: sentences for the report (things a user should know, fallbacks included).
+    """
+
+    clock: Clock
+    ledger: FlopLedger
+    row_order: tuple[str, ...]
+    measured: dict[Hashable, Any] = field(default_factory=dict)
+    images: int | None = None
+    guided: bool = True
+    plain_ratio: float = 1.0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
+    _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
+    _ordinals: dict[int, int] = field(default_factory=dict)
+
+    def around(self, network: str, layer: Layer, function: Around) -> None:
+        """Put `function(call, proceed)` around every call of `network` ("denoiser" or "controlnet")."""
+        self._around.setdefault(network, []).append((layer, function))
+
+    def before_evaluation(self, layer: Layer, function: Callable[[], None]) -> None:
+        """Call `function()` when the first network of an evaluation is called, outer layers first."""
+        self._planners.append((layer, function))
+
+    def count(self, method: str, **amounts: int) -> None:
+        """Add to a method's counters."""
+        counter = self.counters.setdefault(method, {})
+        for name, amount in amounts.items():
+            counter[name] = counter.get(name, 0) + amount
+
+    def note(self, sentence: str) -> None:
+        """Say something in the report, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def handle(self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any) -> Any:
+        """One network call from the pipeline, through all methods, to the original forward."""
+        arguments = bind_arguments(type(module), args, kwargs)
+        if self.clock.enter(float(_first(arguments["timestep"]))):
+            self._begin_evaluation()
+        ordinal = self._ordinals.get(id(module), 0)
+        self._ordinals[id(module)] = ordinal + 1
+        call = Call(arguments, batched, self._branches(arguments["sample"].shape[0]), (id(module), ordinal))
+        execute = functools.partial(self._execute, network, original, call.rows)
+        for _, function in sorted(self._around.get(network, []), key=lambda item: item[0], reverse=True):
+            execute = functools.partial(_through, function, execute)
+        return execute(call)
+
+    def _begin_evaluation(self) -> None:
+        self._ordinals.clear()
+        self.guided = True
+        for _, function in sorted(self._planners, key=lambda item: item[0]):
+            function()
+
+    def _branches(self, rows: int) -> tuple[str, ...]:
+        if self.images is None:
+            return ()
+        if rows == self.images:
+            return ("cond",)
+        return self.row_order if rows == len(self.row_order) * self.images else ()
+
+    def _execute(self, network: str, original: Forward, stock_rows: int, call: Call) -> Any:
+        key = (network, call.tags, describe_shapes(call.arguments))
+        output, flops = self.ledger.count(key, lambda: original(**call.arguments))
+        dense = (flops + call.saved_flops) / call.rows if call.complete else None
+        self.evaluations.append(
+            Evaluation(
+                network, self.clock.evaluation, self.clock.sigma, call.rows, stock_rows, flops, dense, call.tags
+            )
+        )
+        return output
+
+
+def _through(function: Around, inner: Proceed, call: Call) -> Any:
+    return function(call, inner)
+
+
+def _first(timestep: Any) -> Any:
+    return timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep
+
+
+@functools.cache
+def _signature(cls: type) -> inspect.Signature:
+    signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def bind_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, however the pipeline passed them."""
+    return dict(_signature(cls).bind(*args, **kwargs).arguments)
+
+
+def describe_shapes(value: Any) -> Any:
+    """A hashable description of all tensor shapes and dtypes in nested arguments."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return tuple((key, describe_shapes(item)) for key, item in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(describe_shapes(item) for item in value)
+    return value is None

@@ -1,0 +1,80 @@
+"""The only file that assigns to other people's objects. Every change is undone by the `Seams` that made it.
+
+Facts this file relies on (checked against diffusers 0.42 and accelerate 1.15):
+- `nn.Module.__call__` looks up `self.forward`, so an instance attribute `forward` takes precedence over the class.
+- accelerate's offload hooks also live in the instance attribute `forward`. `enable_model_cpu_offload` is run again at
+  the end of each pipeline call and rebuilds that attribute from `_old_forward`; a replacement that is gone by then must
+  not be "restored", or the old hook would come back.
+- `retrieve_timesteps` and `prepare_extra_step_kwargs` inspect the signatures of `set_timesteps` and `step`, so
+  replacements there carry the original's signature (`functools.wraps`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from diffaccel.errors import Unsupported
+
+_MISSING = object()
+
+
+class Seams:
+    """Collects changes to foreign objects and takes them back in reverse order, also when a run ends by an exception."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Seams:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._undo.__exit__(kind, error, trace)
+
+    def replace_forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace `module.forward` by `make(current forward)`.
+
+        Raises:
+            Unsupported: the whole module is compiled, so a Python replacement would be traced into its graph.
+        """
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise Unsupported(
+                f"{type(module).__name__} is compiled as a whole; compile its repeated blocks instead "
+                f"(pipe.unet.compile_repeated_blocks())."
+            )
+        self.replace(module, "forward", make(module.forward))
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set `owner.name` as an instance attribute; undone only if it is still ours when the run ends."""
+        before = vars(owner).get(name, _MISSING)
+        # object.__setattr__ keeps pipelines and configs from registering the value as a component of theirs
+        object.__setattr__(owner, name, value)
+        self._undo.callback(_put_back, owner, name, value, before)
+
+    def wrap_method(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Replace the method `owner.name` by `around(original, *args, **kwargs)`, keeping its signature visible."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self.replace(owner, name, wrapped)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the run ends, in reverse order with the other undo steps."""
+        self._undo.callback(callback)
+
+
+def _put_back(owner: Any, name: str, ours: Any, before: Any) -> None:
+    if vars(owner).get(name, _MISSING) is not ours:
+        return  # somebody rebuilt the attribute during the run (accelerate's offload hooks do)
+    if before is _MISSING:
+        object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, before)

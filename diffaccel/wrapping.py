@@ -1,0 +1,158 @@
+"""wrap(pipe, recipe): a pipeline that behaves like `pipe`, sooner. Opens a run, calls the pipeline, closes the run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from diffaccel.errors import Unsupported
+from diffaccel.flops import FlopLedger
+from diffaccel.method import Method
+from diffaccel.model_map import ModelMap, describe
+from diffaccel.recipe import Recipe, resolve_recipe
+from diffaccel.report import Report, build_report
+from diffaccel.run import Clock, Run
+from diffaccel.seams import Seams
+
+_OWN = frozenset({"pipe", "recipe", "report", "_ledger", "_measured"})
+
+
+class AcceleratedPipeline:
+    """A diffusers pipeline with a recipe around its denoiser while it runs.
+
+    Call it exactly like the pipeline. All other attributes are read from and written to the pipeline, which stays stock
+    outside a call.
+
+    Attributes:
+        pipe: the stock pipeline.
+        recipe: the recipe, fixed at construction.
+        report: what the last call did; None before the first one.
+    """
+
+    pipe: Any
+    recipe: Recipe
+    report: Report | None
+
+    def __init__(self, pipe: Any, recipe: Recipe) -> None:
+        model = describe(pipe)
+        for method in recipe.methods:
+            method.check(model)
+        self.pipe, self.recipe, self.report = pipe, recipe, None
+        self._ledger = FlopLedger()
+        self._measured: dict[Hashable, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline with the recipe; arguments and result are the pipeline's own."""
+        model = describe(self.pipe)  # again: components may have been exchanged since the last call
+        run = Run(Clock(self.pipe.scheduler), self._ledger, model.convention.row_order, measured=self._measured)
+        methods = [method for method in self.recipe.methods if not method.is_off]
+        started, completed = time.perf_counter(), False
+        try:
+            with Seams() as seams:
+                arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
+                _attach(model, methods, run, seams)
+                result = self.pipe(*arguments[0], **arguments[1])
+            completed = True
+        finally:
+            seconds = time.perf_counter() - started
+            self.report = build_report(run, self.recipe.to_dict(), seconds, completed=completed)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN:  # not set yet: copy and pickle ask before __init__ has run
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.pipe, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.pipe)})
+
+    def __repr__(self) -> str:
+        return f"diffaccel: {type(self.pipe).__name__} with {self.recipe.describe()}"
+
+
+def wrap(pipe: Any, recipe: Recipe | str | os.PathLike[str] | Method | Sequence[Method]) -> AcceleratedPipeline:
+    """Accelerate a diffusers pipeline without touching it.
+
+    Args:
+        pipe: any supported diffusers pipeline.
+        recipe: methods, a preset name, a `Recipe`, or the path of a JSON recipe.
+    Raises:
+        RecipeError: the recipe is wrong.
+        Unsupported: the pipeline is unknown, or a method cannot work on it.
+    """
+    if isinstance(pipe, AcceleratedPipeline):
+        raise Unsupported("this pipeline is wrapped already; wrap its `.pipe` with all methods in one recipe.")
+    return AcceleratedPipeline(pipe, resolve_recipe(recipe))
+
+
+def _prepare(
+    pipe: Any, methods: list[Method], run: Run, seams: Seams, args: Any, kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The pipeline's call arguments after the schedule methods changed them."""
+    bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
+    before = dict(list(bound.arguments.items())[1:])
+    after = functools.reduce(lambda given, method: method.prepare_call(pipe, given, run, seams), methods, before)
+    return (args, kwargs) if after == before else ((), after)
+
+
+def _attach(model: ModelMap, methods: list[Method], run: Run, seams: Seams) -> None:
+    """Install clock, network seams and methods, inner layers first so that outer ones wrap them."""
+    scheduler = model.pipe.scheduler
+    seams.wrap_method(scheduler, "set_timesteps", functools.partial(_then, run.clock.restart))
+    seams.wrap_method(scheduler, "step", functools.partial(_then, run.clock.advance))
+    if hasattr(scheduler, "scale_model_input"):
+        seams.wrap_method(scheduler, "scale_model_input", functools.partial(_note_timestep, run.clock))
+    if hasattr(model.pipe, "prepare_latents"):
+        seams.wrap_method(model.pipe, "prepare_latents", functools.partial(_note_images, run))
+    for method in reversed(methods):
+        method.attach(model, run, seams)
+    _stand_around(model, "denoiser", model.denoiser, run, seams)
+    for net, _ in model.controlnets:
+        _stand_around(model, "controlnet", net, run, seams)
+
+
+def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: Seams) -> None:
+    if getattr(module.forward, "diffaccel_run", False):
+        raise Unsupported(
+            f"this {type(module).__name__} is already inside an accelerated call; nested or concurrent calls on one "
+            "network cannot share it."
+        )
+    batched = model.convention.batched
+
+    def make(original: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run.handle(network, module, original, batched, args, kwargs)
+
+        forward.diffaccel_run = True  # type: ignore[attr-defined]
+        return forward
+
+    seams.replace_forward(module, make)
+
+
+def _then(after: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    after()
+    return result
+
+
+def _note_timestep(clock: Clock, original: Any, sample: Any, timestep: Any = None, **kwargs: Any) -> Any:
+    result = original(sample, timestep, **kwargs)
+    if timestep is not None:
+        clock.timestep = float(timestep)
+    return result
+
+
+def _note_images(run: Run, original: Any, *args: Any, **kwargs: Any) -> Any:
+    latents = original(*args, **kwargs)
+    run.images = int((latents[0] if isinstance(latents, tuple) else latents).shape[0])
+    return latents

@@ -1,0 +1,61 @@
+"""How pipelines call their networks: data, one entry per family.
+
+A pipeline is found by its class name or by the names of its base classes, then by its denoiser. Entries with a `refusal`
+are known not to work; the sentence says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffaccel.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Calling convention of a pipeline family.
+
+    Attributes:
+        family: name used in reports and presets.
+        denoiser: attribute of the pipeline that holds the denoiser.
+        row_order: guidance branches in the order they are stacked along the batch.
+        batched: arguments of the denoiser and ControlNet that have one row per batch row.
+        pipelines: class names; base classes count too.
+        schedule: key of the published timestep lists in diffusers' `AysSchedules` that fit this family.
+        default_depth: depth at which a skip cache starts, chosen by the FLOP shares of the family.
+        refusal: if set, the family is not supported and this is the reason.
+    """
+
+    family: str
+    denoiser: str
+    row_order: tuple[str, ...] = ("uncond", "cond")
+    batched: frozenset[str] = frozenset()
+    pipelines: tuple[str, ...] = ()
+    schedule: str | None = None
+    default_depth: int = 0
+    refusal: str | None = None
+
+
+def find_convention(pipe: Any) -> Convention:
+    """Convention of a pipeline.
+
+    Raises:
+        Unsupported: the family is refused, or nothing matches.
+    """
+    from diffaccel.pipelines.stable_diffusion import CONVENTIONS, GENERIC_UNET  # noqa: PLC0415  (it imports this file)
+
+    names = [cls.__name__ for cls in type(pipe).__mro__]
+    for name in names:
+        for convention in CONVENTIONS:
+            if name in convention.pipelines:
+                return _accepted(convention, type(pipe).__name__)
+    if type(getattr(pipe, "unet", None)).__name__ in ("UNet2DConditionModel", "OptimizedModule"):
+        return GENERIC_UNET
+    raise Unsupported(f"{type(pipe).__name__} is not supported; supported are pipelines around a UNet2DConditionModel.")
+
+
+def _accepted(convention: Convention, name: str) -> Convention:
+    if convention.refusal:
+        raise Unsupported(f"{name} is not supported: {convention.refusal}")
+    return convention
