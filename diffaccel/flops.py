@@ -12,10 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def _cpu_attention_flops(
-    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def count_flops(function: Callable[[], Any]) -> tuple[Any, int]:

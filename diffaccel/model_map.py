@@ -48,7 +48,9 @@ def describe(pipe: Any) -> ModelMap:
             f"(pipe.{convention.denoiser}.compile_repeated_blocks())."
         )
     nets = _controlnets(getattr(pipe, "controlnet", None))
-    return ModelMap(pipe, convention, denoiser, describe_unet(denoiser), tuple((n, describe_controlnet(n)) for n in nets))
+    return ModelMap(
+        pipe, convention, denoiser, describe_unet(denoiser), tuple((n, describe_controlnet(n)) for n in nets)
+    )
 
 
 def _controlnets(controlnet: Any) -> list[nn.Module]:

@@ -48,7 +48,9 @@ def vp_sigma(alphas_cumprod: torch.Tensor, timestep: float) -> float:
     low = min(max(math.floor(timestep), 0), last)
     high = min(low + 1, last)
     weight = min(max(timestep - low, 0.0), 1.0)
-    return (1 - weight) * _table_sigma(alphas_cumprod, low) + (weight * _table_sigma(alphas_cumprod, high) if weight else 0.0)
+    return (1 - weight) * _table_sigma(alphas_cumprod, low) + (
+        weight * _table_sigma(alphas_cumprod, high) if weight else 0.0
+    )
 
 
 def _table_sigma(alphas_cumprod: torch.Tensor, t: int) -> float:

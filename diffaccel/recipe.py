@@ -62,7 +62,9 @@ class Recipe(BaseModel):
         if not isinstance(data, dict):
             raise RecipeError(f"a recipe must be a JSON object, not {type(data).__name__}.")
         if data.get("schema") != SCHEMA_VERSION:
-            raise RecipeError(f"recipe schema {data.get('schema')!r} is not supported; this version reads {SCHEMA_VERSION}.")
+            raise RecipeError(
+                f"recipe schema {data.get('schema')!r} is not supported; this version reads {SCHEMA_VERSION}."
+            )
         _refuse_unknown(set(data) - {"schema", "name", "note", "methods"}, "recipe")
         methods = data.get("methods", [])
         if not isinstance(methods, list):

@@ -235,7 +235,9 @@ class Run:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    def handle(self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any) -> Any:
+    def handle(
+        self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any
+    ) -> Any:
         """One network call from the pipeline, through all methods, to the original forward."""
         arguments = bind_arguments(type(module), args, kwargs)
         if self.clock.enter(float(_first(arguments["timestep"]))):
@@ -266,9 +268,7 @@ class Run:
         output, flops = self.ledger.count(key, lambda: original(**call.arguments))
         dense = (flops + call.saved_flops) / call.rows if call.complete else None
         self.evaluations.append(
-            Evaluation(
-                network, self.clock.evaluation, self.clock.sigma, call.rows, stock_rows, flops, dense, call.tags
-            )
+            Evaluation(network, self.clock.evaluation, self.clock.sigma, call.rows, stock_rows, flops, dense, call.tags)
         )
         return output
 

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -30,10 +30,12 @@ class Seams:
     def __init__(self) -> None:
         self._undo = ExitStack()
 
-    def __enter__(self) -> Seams:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._undo.__exit__(kind, error, trace)
 
     def replace_forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

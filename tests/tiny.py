@@ -23,19 +23,25 @@ from diffusers import (
 )
 
 WIDTH = 16  # of the text embeddings
-DDIM: dict[str, Any] = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+DDIM: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 
 
 def tiny_unet(seed: int = 0, *, sdxl: bool = False, in_channels: int = 4, layers: int = 2) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    common: dict[str, Any] = dict(
-        sample_size=16,
-        in_channels=in_channels,
-        out_channels=4,
-        layers_per_block=layers,
-        norm_num_groups=4,
-        cross_attention_dim=WIDTH,
-    )
+    common: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": in_channels,
+        "out_channels": 4,
+        "layers_per_block": layers,
+        "norm_num_groups": 4,
+        "cross_attention_dim": WIDTH,
+    }
     if sdxl:
         unet = UNet2DConditionModel(
             block_out_channels=(8, 16, 16),
@@ -166,7 +172,9 @@ KINDS = (
 )
 
 
-def tiny_inputs(kind: str, *, images: int = 1, size: tuple[int, int] = (32, 32), steps: int = 10, seed: int = 0) -> dict[str, Any]:
+def tiny_inputs(
+    kind: str, *, images: int = 1, size: tuple[int, int] = (32, 32), steps: int = 10, seed: int = 0
+) -> dict[str, Any]:
     """Call arguments for `tiny_pipeline(kind)`: every image has its own generator and its own prompt."""
     maker = torch.Generator().manual_seed(100)
 
@@ -174,36 +182,41 @@ def tiny_inputs(kind: str, *, images: int = 1, size: tuple[int, int] = (32, 32),
         return torch.randn(*shape, generator=maker)
 
     height, width = size
-    inputs: dict[str, Any] = dict(
-        prompt_embeds=torch.cat([noise(1, 5, WIDTH) for _ in range(images)]),
-        negative_prompt_embeds=torch.cat([noise(1, 5, WIDTH)] * images),
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(images)],
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        output_type="pt",
-    )
+    inputs: dict[str, Any] = {
+        "prompt_embeds": torch.cat([noise(1, 5, WIDTH) for _ in range(images)]),
+        "negative_prompt_embeds": torch.cat([noise(1, 5, WIDTH)] * images),
+        "generator": [torch.Generator().manual_seed(seed + i) for i in range(images)],
+        "num_inference_steps": steps,
+        "guidance_scale": 5.0,
+        "output_type": "pt",
+    }
     picture = torch.rand(1, 3, height, width, generator=maker)
     if kind.startswith("sdxl"):
         inputs["pooled_prompt_embeds"] = noise(images, WIDTH)
         inputs["negative_pooled_prompt_embeds"] = noise(1, WIDTH).expand(images, -1)
     if "img2img" in kind:
-        inputs |= dict(image=picture.expand(images, -1, -1, -1), strength=0.8)
+        inputs |= {"image": picture.expand(images, -1, -1, -1), "strength": 0.8}
     elif kind == "sd-inpaint":
         mask = torch.zeros(1, 1, height, width)
         mask[..., : height // 2, :] = 1
-        inputs |= dict(image=picture.expand(images, -1, -1, -1), mask_image=mask.expand(images, -1, -1, -1))
-        inputs |= dict(height=height, width=width)
+        inputs |= {"image": picture.expand(images, -1, -1, -1), "mask_image": mask.expand(images, -1, -1, -1)}
+        inputs |= {"height": height, "width": width}
     elif "controlnet" in kind:
-        inputs |= dict(image=[picture, 1 - picture] if kind.startswith("multi") else picture, height=height, width=width)
-        inputs |= dict(controlnet_conditioning_scale=[0.7, 0.4] if kind.startswith("multi") else 0.7)
+        inputs |= {
+            "image": [picture, 1 - picture] if kind.startswith("multi") else picture,
+            "height": height,
+            "width": width,
+        }
+        inputs |= {"controlnet_conditioning_scale": [0.7, 0.4] if kind.startswith("multi") else 0.7}
         inputs["guess_mode"] = kind.endswith("guess")
     elif kind == "t2i-adapter":
-        inputs |= dict(image=[picture] * images, height=height, width=width)
+        inputs |= {"image": [picture] * images, "height": height, "width": width}
     else:
-        inputs |= dict(height=height, width=width)
+        inputs |= {"height": height, "width": width}
     return inputs
 
 
 def run(pipe: Any, kind: str, **options: Any) -> torch.Tensor:
     """Pictures (n, 3, h, w) of one call."""
-    return pipe(**tiny_inputs(kind, **options)).images
+    images = pipe(**tiny_inputs(kind, **options)).images
+    return torch.as_tensor(images).float()

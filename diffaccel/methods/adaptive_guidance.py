@@ -33,7 +33,7 @@ class AdaptiveGuidance(Method):
     name: ClassVar[str] = "adaptive_guidance"
     layer: ClassVar[Layer] = Layer.GUIDANCE
 
-    threshold: float = Field(0.999, gt=0, le=1)
+    threshold: float = Field(default=0.999, gt=0, le=1)
 
     @property
     def is_off(self) -> bool:

@@ -95,7 +95,7 @@ class AdapterProbe:
     def _find(self) -> None:
         modules = list(self.network.modules())
         self._loras = [m for m in modules if isinstance(vars(m).get("scaling"), dict)]
-        processors = [getattr(m, "processor", None) for m in modules]
+        processors: list[Any] = [getattr(m, "processor", None) for m in modules]
         self._scaled = [p for p in processors if getattr(p, "scale", None) is not None]
         self._blocks = [m for m in modules if hasattr(m, "resolution_idx")]
         self._adapters = self._adapter_names()

@@ -34,10 +34,10 @@ class GuidanceInterval(Method):
     name: ClassVar[str] = "guidance_interval"
     layer: ClassVar[Layer] = Layer.GUIDANCE
 
-    high: float = Field(math.inf, gt=0)
-    low: float = Field(0.0, ge=0)
-    start_fraction: float = Field(0.0, ge=0, le=1)
-    stop_fraction: float = Field(1.0, ge=0, le=1)
+    high: float = Field(default=math.inf, gt=0)
+    low: float = Field(default=0.0, ge=0)
+    start_fraction: float = Field(default=0.0, ge=0, le=1)
+    stop_fraction: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceInterval:

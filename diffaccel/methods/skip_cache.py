@@ -13,7 +13,6 @@ import math
 import warnings
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 
 from diffaccel.errors import Unsupported
@@ -46,14 +45,14 @@ class SkipCache(Method):
     name: ClassVar[str] = "skip_cache"
     layer: ClassVar[Layer] = Layer.SKIP
 
-    interval: int = Field(3, ge=1)
-    depth: int | None = Field(None, ge=0)
+    interval: int = Field(default=3, ge=1)
+    depth: int | None = Field(default=None, ge=0)
     schedule: Literal["uniform", "early", "late"] | tuple[int, ...] = "uniform"
     window: tuple[float, float] | None = None
     order: Literal[0, 1] = 0
-    full_first: int = Field(1, ge=1)
-    full_last: int = Field(1, ge=0)
-    min_evaluations: int = Field(9, ge=1)
+    full_first: int = Field(default=1, ge=1)
+    full_last: int = Field(default=1, ge=0)
+    min_evaluations: int = Field(default=9, ge=1)
 
     @field_validator("window")
     @classmethod
@@ -69,7 +68,9 @@ class SkipCache(Method):
     def check(self, model: ModelMap) -> None:
         depth = self.depth_for(model)
         if depth >= model.layout.depths:
-            raise Unsupported(f"skip_cache: depth {depth} does not exist; this UNet has depths 0 to {model.layout.depths - 1}.")
+            raise Unsupported(
+                f"skip_cache: depth {depth} does not exist; this UNet has depths 0 to {model.layout.depths - 1}."
+            )
 
     def depth_for(self, model: ModelMap) -> int:
         """The depth used on this model."""
@@ -159,7 +160,9 @@ class _Cache:
         self.run.count(SkipCache.name, full=int(not self.cached), cached=int(self.cached))
         self._remember(call)
         position = math.log(self.run.clock.sigma) if 0 < self.run.clock.sigma < math.inf else None
-        with self.bypass.active(call.lane, cached=self.cached, position=position, order=self.config.order, fresh=changed):
+        with self.bypass.active(
+            call.lane, cached=self.cached, position=position, order=self.config.order, fresh=changed
+        ):
             return proceed(call.tagged(("skip", self.depth), complete=False) if self.cached else call)
 
     def around_controlnet(self, call: Call, proceed: Proceed) -> Any:

@@ -35,8 +35,8 @@ class StepSchedule(Method):
     name: ClassVar[str] = "step_schedule"
     layer: ClassVar[Layer] = Layer.SCHEDULE
 
-    fraction: float = Field(1.0, gt=0, le=1)
-    steps: int | None = Field(None, ge=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    steps: int | None = Field(default=None, ge=1)
     spacing: Literal["leading", "trailing", "linspace", "ays"] | None = None
 
     @model_validator(mode="after")

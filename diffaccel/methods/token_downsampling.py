@@ -36,11 +36,11 @@ class TokenDownsampling(Method):
     name: ClassVar[str] = "token_downsampling"
     layer: ClassVar[Layer] = Layer.TOKENS
 
-    factor: int = Field(2, ge=1, le=8)
+    factor: int = Field(default=2, ge=1, le=8)
     reduction: Literal["nearest", "average"] = "nearest"
-    min_tokens: MinTokens = Field("measured")
-    start_fraction: float = Field(0.0, ge=0, le=1)
-    stop_fraction: float = Field(1.0, ge=0, le=1)
+    min_tokens: MinTokens = Field(default="measured")
+    start_fraction: float = Field(default=0.0, ge=0, le=1)
+    stop_fraction: float = Field(default=1.0, ge=0, le=1)
 
     @property
     def is_off(self) -> bool:
@@ -87,11 +87,13 @@ class _Downsampler:
 
 def nearest_tokens(tokens: torch.Tensor, height: int, width: int, factor: int) -> torch.Tensor:
     """Every `factor`-th token of each axis: (rows, h * w, c) to (rows, ceil(h / f) * ceil(w / f), c)."""
-    return tokens.unflatten(1, (height, width))[:, ::factor, ::factor].flatten(1, 2)
+    rows, _, channels = tokens.shape
+    return tokens.reshape(rows, height, width, channels)[:, ::factor, ::factor].flatten(1, 2)
 
 
 def average_tokens(tokens: torch.Tensor, height: int, width: int, factor: int) -> torch.Tensor:
     """Mean of each factor x factor cell, cells at the border being smaller; shapes as `nearest_tokens`."""
-    image = tokens.transpose(1, 2).unflatten(2, (height, width))
+    rows, _, channels = tokens.shape
+    image = tokens.transpose(1, 2).reshape(rows, channels, height, width)
     pooled = torch.nn.functional.avg_pool2d(image, factor, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2)

@@ -45,11 +45,11 @@ class TokenMerging(Method):
     name: ClassVar[str] = "token_merging"
     layer: ClassVar[Layer] = Layer.TOKENS
 
-    ratio: float = Field(0.5, ge=0, le=0.75)
+    ratio: float = Field(default=0.5, ge=0, le=0.75)
     importance: bool = False
-    min_tokens: MinTokens = Field("measured")
-    start_fraction: float = Field(0.0, ge=0, le=1)
-    stop_fraction: float = Field(1.0, ge=0, le=1)
+    min_tokens: MinTokens = Field(default="measured")
+    start_fraction: float = Field(default=0.0, ge=0, le=1)
+    stop_fraction: float = Field(default=1.0, ge=0, le=1)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -68,7 +68,9 @@ class TokenMerging(Method):
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         state = _State(self, run)
-        sites = TokenSites(self.name, model, run, lambda: _Merger(state), (self.ratio, self.importance), self.min_tokens)
+        sites = TokenSites(
+            self.name, model, run, lambda: _Merger(state), (self.ratio, self.importance), self.min_tokens
+        )
         sites.attach(seams)
 
         def around(call: Call, proceed: Proceed) -> Any:
@@ -105,7 +107,7 @@ class _Merger:
         if self.slots is not None and self.slots.rows == features.shape[0]:
             return
         images = features.shape[0] // branches
-        metric = features.unflatten(0, (branches, images)).sum(0).flatten(2).transpose(1, 2)
+        metric = features.view(branches, images, *features.shape[1:]).sum(0).flatten(2).transpose(1, 2)
         self.slots = self._match(metric, features.shape[-2], features.shape[-1]).repeat(branches)
 
     def _match(self, metric: torch.Tensor, height: int, width: int) -> SlotMap:

@@ -91,12 +91,22 @@ class TokenSites:
 
     def plan(self, call: Call) -> tuple[frozenset[int], int]:
         """Levels to shorten for calls of this shape, and the FLOPs this saves in a complete call."""
-        key = (self.name, self.settings, self.min_tokens, tuple(call.sample.shape), call.sample.dtype, len(call.branches))
+        key = (
+            self.name,
+            self.settings,
+            self.min_tokens,
+            tuple(call.sample.shape),
+            call.sample.dtype,
+            len(call.branches),
+        )
         if key not in self._planned:
             verdicts = {level: self._verdict(level, call, key) for level in self._levels()}
             levels = frozenset(level for level, v in verdicts.items() if self._wanted(v))
             self._describe(verdicts, levels)
-            self._planned[key] = levels, sum(verdicts[s.level].saved_flops * len(s.self_attentions) for s in self._sites(levels))
+            self._planned[key] = (
+                levels,
+                sum(verdicts[s.level].saved_flops * len(s.self_attentions) for s in self._sites(levels)),
+            )
         return self._planned[key]
 
     def _levels(self) -> list[int]:
@@ -122,6 +132,10 @@ class TokenSites:
         height, width = grid(call.sample.shape[-2:], level)
         features, hidden = _random_inputs(attention, call, height, width)
         shortener = self.make()
+        branches = max(len(call.branches), 1)
+
+        def prepare() -> None:
+            shortener.prepare(features, branches)
 
         def dense() -> Any:
             return attention(hidden)
@@ -129,7 +143,6 @@ class TokenSites:
         def short() -> Any:
             return shortener.attend(attention.forward, hidden, {})
 
-        prepare = lambda: shortener.prepare(features, max(len(call.branches), 1))  # noqa: E731
         with torch.no_grad():
             prepare()
             saved = count_flops(dense)[1] - count_flops(short)[1]
@@ -208,4 +221,5 @@ def median_seconds(function: Callable[[], Any], device: torch.device, repeats: i
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+        accelerator: Any = torch.get_device_module(device)
+        accelerator.synchronize()
