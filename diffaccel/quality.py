@@ -159,4 +159,5 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def _matrix_root(matrix: Tensor) -> Tensor:
     """Square root of a symmetric positive semi-definite matrix; rounding may have made tiny eigenvalues negative."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
