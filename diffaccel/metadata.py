@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as the JSON chunk holds it."""
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, **_strict(asdict(self))}
 
     def to_parameters(self) -> str:
         """The A1111 `parameters` text: prompt, negative prompt, one line of `Key: value` pairs."""
@@ -93,6 +94,15 @@ class Generation:
             "Version": f"diffaccel {self.versions['diffaccel']}",
             "diffaccel recipe": self.recipe.get("name", ""),
         }
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no infinity: write it, and NaN, as text."""
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +147,7 @@ def png_info(generation: Generation) -> PngInfo:
     info = PngInfo()
     # Half a character from a broken shell cannot be stored as UTF-8; the JSON below keeps it exactly.
     info.add_text("parameters", generation.to_parameters().encode("utf-8", "backslashreplace").decode())
-    info.add_text("diffaccel", json.dumps(generation.to_dict()))
+    info.add_text("diffaccel", json.dumps(generation.to_dict(), allow_nan=False))
     return info
 
 

@@ -100,6 +100,11 @@ def test_fewer_than_three_pairs_are_prompt():
     assert parse_parameters("a cat\nSeed: 1, Steps: 2")["Prompt"] == "a cat\nSeed: 1, Steps: 2"
 
 
+def test_infinity_is_text_because_json_has_none(tmp_path):
+    made = generation(report={"sigma": float("inf"), "list": [float("nan"), 1.5]})
+    assert read(saved(tmp_path, made)).diffaccel["report"] == {"sigma": "inf", "list": ["nan", 1.5]}
+
+
 def test_versions_are_recorded():
     assert set(generation().versions) == {"python", "diffaccel", "diffusers", "transformers", "torch"}
 

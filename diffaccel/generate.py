@@ -1,0 +1,156 @@
+"""Prompts to picture files: one seed per picture, sizes checked first, every finished batch saved at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffaccel.errors import DiffaccelError
+from diffaccel.metadata import Generation, png_info
+from diffaccel.output import OutputFolder, safe_name, write_file
+from diffaccel.report import Report
+from diffaccel.wrapping import AcceleratedPipeline
+
+
+class GenerateError(DiffaccelError):
+    """Settings that this pipeline cannot generate with; the message names the setting."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture: its prompt, its own seed, and where it goes."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pictures of one command share; None leaves the pipeline's own default."""
+
+    steps: int
+    guidance: float | None = None
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    batch_size: int = 4
+    metadata: bool = True
+
+
+def plan(prompts: Sequence[str], seed: int, count: int, folder: OutputFolder) -> list[Job]:
+    """One job per picture. Picture i gets seed + i, so each can be made again alone.
+
+    Raises:
+        GenerateError: a prompt that is not valid text.
+        OutputError: a file of the planned name exists already.
+    """
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    return [_job(prompt, seed + index, folder) for index, prompt in enumerate(wanted)]
+
+
+def _job(prompt: str, seed: int, folder: OutputFolder) -> Job:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GenerateError(f"The prompt {prompt!r} is not valid UTF-8 text.") from error
+    return Job(prompt, seed, folder.claim(f"{safe_name(prompt)}-{seed}.png"))
+
+
+def check_size(pipe: Any, size: tuple[int, int] | None) -> None:
+    """Raise `GenerateError` if a side is not a multiple of what the pipeline's autoencoder needs."""
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    for side in size or ():
+        if side % factor or side <= 0:
+            raise GenerateError(f"The size {size[0]}x{size[1]} does not fit: sides must be multiples of {factor}.")  # type: ignore[index]
+
+
+def generate(
+    fast: AcceleratedPipeline,
+    jobs: Sequence[Job],
+    settings: Settings,
+    *,
+    model: str,
+    overwrite: bool = False,
+) -> Iterator[Report]:
+    """Make and save the pictures batch by batch; yields each batch's report after its files are complete.
+
+    Raises:
+        GenerateError: a size this pipeline cannot make, or a call argument it does not have.
+        OutputError: a file cannot be written.
+    """
+    check_size(fast.pipe, settings.size)
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
+        images = fast(**call_arguments(fast.pipe, batch, settings)).images
+        report = fast.report
+        assert report is not None  # set by every call
+        for job, image in zip(batch, images, strict=True):
+            info = (
+                png_info(_describe(fast, job, settings, image, report, len(batch), model))
+                if settings.metadata
+                else None
+            )
+            write_file(job.path, _saver(image, info), overwrite=overwrite)
+        yield report
+
+
+def call_arguments(pipe: Any, batch: Sequence[Job], settings: Settings) -> dict[str, Any]:
+    """The pipeline's call arguments for one batch."""
+    import torch
+
+    arguments: dict[str, Any] = {
+        "prompt": [job.prompt for job in batch],
+        "num_inference_steps": settings.steps,
+        # On the CPU, so that a seed means the same picture on every device.
+        "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
+    }
+    if settings.guidance is not None:
+        arguments["guidance_scale"] = settings.guidance
+    if settings.negative:
+        arguments["negative_prompt"] = [settings.negative] * len(batch)
+    if settings.size is not None:
+        arguments["width"], arguments["height"] = settings.size
+    _refuse_unknown(pipe, arguments)
+    return arguments
+
+
+def _refuse_unknown(pipe: Any, arguments: dict[str, Any]) -> None:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in arguments:
+        if name not in parameters:
+            raise GenerateError(f"{type(pipe).__name__} has no call argument {name!r}.")
+    missing = [
+        name
+        for name in ("image", "mask_image", "control_image")
+        if name in parameters and parameters[name].default in (None, inspect.Parameter.empty)
+    ]
+    if missing:
+        raise GenerateError(f"{type(pipe).__name__} needs {missing[0]!r}; this command generates from text alone.")
+
+
+def _describe(
+    fast: AcceleratedPipeline, job: Job, settings: Settings, image: Any, report: Report, images: int, model: str
+) -> Generation:
+    default = inspect.signature(type(fast.pipe).__call__).parameters.get("guidance_scale")
+    guidance = settings.guidance if settings.guidance is not None else getattr(default, "default", 0.0)
+    return Generation(
+        prompt=job.prompt,
+        negative_prompt=settings.negative,
+        steps=settings.steps,
+        guidance=float(guidance),
+        scheduler=type(fast.pipe.scheduler).__name__,
+        seed=job.seed,
+        width=image.width,
+        height=image.height,
+        model=Path(model).name,
+        recipe=fast.recipe.to_dict(),
+        seconds=report.seconds / images,
+        report=report.to_dict(),
+    )
+
+
+def _saver(image: Any, info: Any) -> Callable[[Any], Any]:
+    return lambda file: image.save(file, format="png", pnginfo=info)

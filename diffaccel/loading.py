@@ -1,0 +1,121 @@
+"""From what a user types for `--model` to a pipeline: a bundled model, a local folder, or a hub id. Never pickle files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from diffaccel.errors import DiffaccelError
+from diffaccel.miniatures import NAMES, recommended_guidance
+
+DTYPES = ("float32", "float16", "bfloat16")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Short names for `--scheduler`, and diffusers' classes.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class LoadError(DiffaccelError):
+    """A model that cannot be loaded; the message says why and what to give instead."""
+
+
+def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """Load a diffusers pipeline.
+
+    Args:
+        model: name of a bundled model, a local folder in diffusers' format, or a hub id "owner/name".
+        device: torch device; default: "cuda" if there is one, else "cpu".
+        dtype: "float32", "float16" or "bfloat16"; default: float16 on a GPU, else float32.
+    Raises:
+        LoadError: no such model, not a pipeline, weights only as pickle files, or a device that is not there.
+    """
+    if model not in NAMES:
+        _check_source(model)
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device.startswith("cpu") else "float16")
+    if dtype not in DTYPES:
+        raise LoadError(f"Unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.")
+    try:
+        pipe = _load(model).to(device)
+        return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
+    # What diffusers, transformers, the hub client and torch raise for files and devices that are not there.
+    except (OSError, ValueError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
+        raise LoadError(f"Cannot load {model} on {device}: {_first_line(error)}") from error
+
+
+def _load(model: str) -> Any:
+    import diffusers
+
+    import diffaccel
+
+    if model in NAMES:
+        return diffaccel.load_miniature(model)
+    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+
+
+def _check_source(model: str) -> None:
+    """Refuse what cannot be a pipeline before the slow imports."""
+    path = Path(model)
+    if path.is_file():
+        raise LoadError(
+            f"{model} is a single file; give a folder in diffusers' format (pipe.save_pretrained writes one)."
+        )
+    if path.is_dir():
+        _check_folder(path)
+    elif not _is_hub_id(model):
+        bundled = ", ".join(NAMES)
+        raise LoadError(
+            f"There is no folder {model}, and it is neither a bundled model ({bundled}) nor a hub id (owner/name)."
+        )
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "model_index.json").is_file():
+        raise LoadError(f"The folder {path} is no diffusers pipeline: it holds no model_index.json.")
+    for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
+        pickles = sorted(file.name for file in part.iterdir() if file.suffix in PICKLES)
+        if pickles and not any(part.glob("*.safetensors")):
+            raise LoadError(
+                f"{part} has its weights only as a pickle file ({pickles[0]}), which can run code when loaded; "
+                "convert it to safetensors."
+            )
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Exchange the scheduler for the one with this short name, keeping its configuration.
+
+    Raises:
+        LoadError: unknown name, or a scheduler this pipeline cannot run with.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise LoadError(f"Unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
+    cls = getattr(diffusers, SCHEDULERS[name])
+    if cls not in pipe.scheduler.compatibles:
+        raise LoadError(f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot run with {cls.__name__}.")
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+
+
+def default_guidance(model: str) -> float | None:
+    """The guidance scale a bundled model was measured to be best at; None leaves the pipeline's own default."""
+    return recommended_guidance(model) if model in NAMES else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
