@@ -6,6 +6,7 @@ python -m training.assemble --out training/out --to diffaccel/miniatures/shapes-
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -63,8 +64,6 @@ def assemble(out: Path, to: Path) -> int:
 
 def _forget_where(folder: Path) -> None:
     """Drop the paths of the training machine that libraries leave in configuration files."""
-    import json
-
     for file in folder.rglob("*.json"):
         value = json.loads(file.read_text())
         kept = {key: item for key, item in value.items() if key not in ("_name_or_path", "name_or_path")}

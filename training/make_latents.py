@@ -1,6 +1,6 @@
 """Draw training scenes and keep their latents: what the UNet learns from.
 
-python -m training.make_latents --out training/out --count 40000
+python -m training.make_latents --out training/out --count 24000
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load(paths: list[Path]) -> tuple[Tensor, list[Scene]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--count", type=int, default=40000)
+    parser.add_argument("--count", type=int, default=24000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=3, help="names the file too: several sets add up")
     options = parser.parse_args()

@@ -34,7 +34,7 @@ from training.common import (
 )
 
 LENGTH, WIDTH, LAYERS = 32, 128, 4
-BATCH = 128
+BATCH = 64
 PEAK_RATE = 1.5e-3
 EMPTY_SHARE = 0.1
 PLACES = ("centre", "left", "right", "top", "bottom")

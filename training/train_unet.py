@@ -23,21 +23,20 @@ from diffaccel.miniatures.scenes import Scene, caption
 from training import make_latents
 from training.common import (
     DEFAULT_OUT,
-    Average,
     Clock,
     learning_rate,
     load_checkpoint,
     save_atomically,
     seeded,
-    set_rate,
 )
 from training.train_text import LENGTH, WIDTH, build_text_encoder, tokenize
 
 CHANNELS, HEADS = (48, 96, 160), (2, 3, 5)
-BATCH = 48
+BATCH = 32
 PEAK_RATE = 1e-3
 HOLD = 0.35
 EMPTY_SHARE = 0.1
+BETAS, WEIGHT_DECAY, AVERAGE_DECAY = (0.9, 0.98), 0.01, 0.9985
 NOISE_MEAN, NOISE_SPREAD = 0.1, 1.2
 SAVE_SECONDS = 120.0
 
@@ -134,51 +133,77 @@ class Noising:
         return a * clean + b * noise, a * noise - b * clean
 
 
-class Trainer:
-    """Model, optimiser, average and data of one run; `train` below is the loop."""
+class Weights:
+    """Parameters, Adam moments and their average in shared memory, so that two workers may train them at once.
 
-    def __init__(self, out: Path, minutes: float, device: str, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.path, self.device = out / "unet.pt", device
+    Each worker computes gradients on its own thread and applies them under a lock, without waiting for the other:
+    on a shared machine this keeps going where two threads in step would stand still for one another.
+    """
+
+    def __init__(self, device: str) -> None:
         self.unet = build_unet().to(device)
         if device == "cpu":  # twice as fast as the fused attention, whose bf16 backward is slow on CPUs
             self.unet.set_attn_processor(AttnProcessor())
-        self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
-        )
-        self.average = Average(self.unet, 0.9985)
-        self.step, spent = 0, 0.0
-        saved = load_checkpoint(self.path)
-        if saved:
-            spent = self._restore(saved)
-        self.clock = Clock(minutes, spent)
-        rng, self.generator = seeded(seed * 100_000 + self.step)
+        parameters = list(self.unet.parameters())
+        self.moments = [[torch.zeros_like(parameter) for parameter in parameters] for _ in range(2)]
+        self.average = [parameter.detach().clone() for parameter in parameters]
+        self.step = torch.zeros((), dtype=torch.long)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.unet.parameters(), *self.moments[0], *self.moments[1], *self.average, self.step]
+
+    def share(self) -> None:
+        """Move everything to shared memory, in place."""
+        self.unet.share_memory()
+        for tensor in self.tensors():
+            tensor.detach().share_memory_()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.unet.state_dict(),
+            "moments": self.moments,
+            "average": self.average,
+            "step": int(self.step),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.unet.load_state_dict(saved["model"])
+        kept = [*saved["moments"][0], *saved["moments"][1], *saved["average"]]
+        for tensor, value in zip([*self.moments[0], *self.moments[1], *self.average], kept, strict=True):
+            tensor.copy_(value)
+        self.step.fill_(saved["step"])
+
+    @torch.no_grad()
+    def apply(self, rate: float) -> None:
+        """One AdamW step with the gradients at hand, and one of the average."""
+        parameters = [parameter for parameter in self.unet.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        self.step += 1
+        count = int(self.step)
+        torch._foreach_lerp_(self.moments[0], gradients, 1 - BETAS[0])
+        torch._foreach_mul_(self.moments[1], BETAS[1])
+        torch._foreach_addcmul_(self.moments[1], gradients, gradients, 1 - BETAS[1])
+        scale = torch._foreach_div(self.moments[1], 1 - BETAS[1] ** count)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, 1e-8)
+        torch._foreach_mul_(parameters, 1 - rate * WEIGHT_DECAY)
+        torch._foreach_addcdiv_(parameters, self.moments[0], scale, -rate / (1 - BETAS[0] ** count))
+        decay = min(AVERAGE_DECAY, (1 + count) / (10 + count))
+        torch._foreach_lerp_(self.average, parameters, 1 - decay)
+
+
+class Data:
+    """Scaled latents with their captions, in an endless shuffled order."""
+
+    def __init__(self, out: Path, scale: float | None, seed: int) -> None:
+        rng, self.generator = seeded(seed)
         self.latents, scenes = make_latents.load(sorted(out.glob("latents_*.pt")))
-        self.scale = saved["scale"] if saved else 1 / self.latents.std().item()
+        self.scale = 1 / self.latents.std().item() if scale is None else scale
         self.latents *= self.scale
         tokenizer, self.text = load_text(out)
-        self.text.to(device)
         self.captions = Captions(scenes, tokenizer, 8, rng)
         self.noising = Noising.of(build_scheduler())
         self.order, self.cursor = torch.empty(0, dtype=torch.long), 0
-
-    def _restore(self, saved: dict[str, Any]) -> float:
-        self.unet.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.average.values = [value.to(self.device) for value in saved["average"]]
-        self.step = self.average.count = saved["step"]
-        return float(saved["seconds"])
-
-    def save(self) -> None:
-        state = {
-            "model": self.unet.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values,
-            "step": self.step,
-            "seconds": self.clock.seconds,
-            "scale": self.scale,
-        }
-        save_atomically(state, self.path)
 
     def next_index(self) -> Tensor:
         """The next BATCH rows of a shuffled pass over the data."""
@@ -187,52 +212,86 @@ class Trainer:
         self.cursor += BATCH
         return self.order[self.cursor - BATCH : self.cursor]
 
-    def loss(self) -> Tensor:
+    def loss(self, unet: UNet2DConditionModel, device: str) -> Tensor:
+        """Squared error of v on the next batch."""
         index = self.next_index()
-        ids = self.captions.batch(index, self.generator).to(self.device)
-        clean = self.latents[index].to(self.device)
-        noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
+        ids = self.captions.batch(index, self.generator).to(device)
+        clean = self.latents[index].to(device)
+        noise = torch.randn(clean.shape, generator=self.generator).to(device)
         steps = self.noising.steps(BATCH, self.generator)
         noised, target = self.noising.mix(clean, noise, steps)
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             with torch.no_grad():
                 words = self.text(ids).last_hidden_state
-            output = self.unet(noised, steps.to(self.device), words).sample
+            output = unet(noised, steps.to(device), words).sample
         return nn.functional.mse_loss(output.float(), target)
 
-    def advance(self) -> float:
-        """One optimiser step; returns the loss."""
-        set_rate(self.optimizer, learning_rate(PEAK_RATE, self.clock.progress, self.step, 200, HOLD))
-        loss = self.loss()
-        self.optimizer.zero_grad()
+
+@dataclass
+class Run:
+    """What a worker is told: where, how long in all, how much of it is spent, on what, and its number."""
+
+    out: Path
+    minutes: float
+    spent: float
+    device: str
+    seed: int
+    scale: float | None
+
+
+def work(number: int, weights: Weights, lock: Any, run: Run) -> None:
+    """Train until the time is up. Worker 0 also reports and saves."""
+    if run.device == "cpu":
+        torch.set_num_threads(1)
+    clock = Clock(run.minutes, run.spent)
+    data = Data(run.out, run.scale, run.seed * 100_000 + 2 * int(weights.step) + number)
+    data.text.to(run.device)
+    unet, losses, saved_at = weights.unet, [], clock.seconds
+
+    def save() -> None:
+        with lock:
+            state = {**weights.state(), "seconds": clock.seconds, "scale": data.scale}
+            save_atomically(state, run.out / "unet.pt")
+
+    while clock.progress < 1:
+        loss = data.loss(unet, run.device)
+        unet.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update(self.unet)
-        self.step += 1
-        return loss.item()
-
-
-def train(out: Path, minutes: float, device: str = "cpu", seed: int = 4) -> UNet2DConditionModel:
-    """Train or continue until `minutes` in total are used; returns the averaged model, kept in `out/unet.pt`."""
-    trainer = Trainer(out, minutes, device, seed)
-    losses: list[float] = []
-    saved_at = trainer.clock.seconds
-    while trainer.clock.progress < 1:
-        losses.append(trainer.advance())
-        if len(losses) == 100:
-            rate = trainer.step * BATCH / trainer.clock.seconds
-            text = (
-                f"unet {trainer.step} {trainer.clock.seconds:.0f} s loss {sum(losses) / 100:.4f} {rate:.0f}/s"
-            )
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        with lock:
+            weights.apply(learning_rate(PEAK_RATE, clock.progress, int(weights.step), 200, HOLD))
+        losses.append(loss.item())
+        if number == 0 and len(losses) == 100:
+            step = int(weights.step)
+            text = f"unet {step} {clock.seconds:.0f} s loss {sum(losses) / 100:.4f} {step * BATCH / clock.seconds:.0f}/s"
             print(text, flush=True)
             losses = []
-        if trainer.clock.seconds - saved_at > SAVE_SECONDS:
-            trainer.save()
-            saved_at = trainer.clock.seconds
-    trainer.save()
-    trainer.average.copy_to(trainer.unet)
-    return trainer.unet.eval()
+        if number == 0 and clock.seconds - saved_at > SAVE_SECONDS:
+            save()
+            saved_at = clock.seconds
+    if number == 0:
+        save()
+
+
+def train(out: Path, minutes: float, device: str = "cpu", seed: int = 4, workers: int = 2) -> None:
+    """Train or continue until `minutes` in total are used; the model is kept in `out/unet.pt`."""
+    torch.manual_seed(seed)
+    weights, saved = Weights(device), load_checkpoint(out / "unet.pt")
+    if saved:
+        weights.restore(saved)
+    run = Run(out, minutes, saved["seconds"] if saved else 0.0, device, seed, saved["scale"] if saved else None)
+    context = torch.multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    if device != "cpu" or workers == 1:
+        work(0, weights, lock, run)
+        return
+    weights.share()
+    others = [context.Process(target=work, args=(number, weights, lock, run)) for number in range(1, workers)]
+    for process in others:
+        process.start()
+    work(0, weights, lock, run)
+    for process in others:
+        process.join()
 
 
 def main() -> None:
@@ -240,8 +299,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each, on a CPU")
     options = parser.parse_args()
-    train(options.out, options.minutes, options.device)
+    train(options.out, options.minutes, options.device, workers=options.workers)
 
 
 if __name__ == "__main__":
