@@ -195,7 +195,7 @@ def tiny_inputs(
         inputs["pooled_prompt_embeds"] = noise(images, WIDTH)
         inputs["negative_pooled_prompt_embeds"] = noise(1, WIDTH).expand(images, -1)
     if "img2img" in kind:
-        inputs |= {"image": picture.expand(images, -1, -1, -1), "strength": 0.8}
+        inputs |= {"image": picture.expand(images, -1, -1, -1), "strength": 0.95}
     elif kind == "sd-inpaint":
         mask = torch.zeros(1, 1, height, width)
         mask[..., : height // 2, :] = 1

@@ -39,7 +39,7 @@ class Shortener(Protocol):
 
 @dataclass
 class Verdict:
-    """What was measured for one level."""
+    """What was measured for one level: seconds of one self-attention, FLOPs saved in all of them together."""
 
     tokens: int
     channels: int
@@ -49,7 +49,7 @@ class Verdict:
 
     @property
     def pays(self) -> bool:
-        """Whether the shortened form is faster, spread over the attentions that share one preparation."""
+        """Whether the shortened form is faster, its share of the preparation included."""
         return self.short_seconds < self.dense_seconds
 
 
@@ -105,7 +105,7 @@ class TokenSites:
             self._describe(verdicts, levels)
             self._planned[key] = (
                 levels,
-                sum(verdicts[s.level].saved_flops * len(s.self_attentions) for s in self._sites(levels)),
+                sum(verdicts[level].saved_flops for level in levels),
             )
         return self._planned[key]
 
@@ -126,31 +126,30 @@ class TokenSites:
         return verdict
 
     def _measure(self, level: int, call: Call) -> Verdict:
-        sites = self._sites(frozenset({level}))
-        attention = sites[0].self_attentions[0]
-        per_site = max(len(site.self_attentions) for site in sites)
+        attentions = [a for site in self._sites(frozenset({level})) for a in site.self_attentions]
         height, width = grid(call.sample.shape[-2:], level)
-        features, hidden = _random_inputs(attention, call, height, width)
-        shortener = self.make()
+        features, hidden = _random_inputs(attentions[0], call, height, width)
         branches = max(len(call.branches), 1)
 
-        def prepare() -> None:
+        def prepared() -> Shortener:
+            shortener = self.make()
             shortener.prepare(features, branches)
+            return shortener
 
         def dense() -> Any:
-            return attention(hidden)
+            return attentions[0](hidden)
 
         def short() -> Any:
-            return shortener.attend(attention.forward, hidden, {})
+            return shortener.attend(attentions[0].forward, hidden, {})
 
         with torch.no_grad():
-            prepare()
-            saved = count_flops(dense)[1] - count_flops(short)[1]
-            if self.min_tokens != "measured":
-                return Verdict(height * width, hidden.shape[-1], 0.0, 0.0, saved)
-            shared = median_seconds(prepare, hidden.device) / per_site
-            seconds = median_seconds(short, hidden.device) + shared
-            return Verdict(height * width, hidden.shape[-1], median_seconds(dense, hidden.device), seconds, saved)
+            shortener, preparing = count_flops(prepared)
+            saved = (count_flops(dense)[1] - count_flops(short)[1]) * len(attentions) - preparing
+            times = (0.0, 0.0)
+            if self.min_tokens == "measured":  # one preparation serves all attentions on this grid
+                share = median_seconds(prepared, hidden.device) / len(attentions)
+                times = median_seconds(short, hidden.device) + share, median_seconds(dense, hidden.device)
+            return Verdict(height * width, hidden.shape[-1], times[1], times[0], saved)
 
     def _describe(self, verdicts: dict[int, Verdict], levels: frozenset[int]) -> None:
         counter = self.run.counters.setdefault(self.name, {})
