@@ -49,7 +49,8 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        methods = [{"method": m.name, **m.model_dump(mode="json")} for m in self.methods]
+        # through JSON text, because only that form spells infinity as a string
+        methods = [{"method": m.name, **json.loads(m.model_dump_json())} for m in self.methods]
         return {"schema": SCHEMA_VERSION, "name": self.name, "note": self.note, "methods": methods}
 
     @classmethod

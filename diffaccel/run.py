@@ -114,6 +114,7 @@ class Clock:
     """Where the run is. Counts `scheduler.step` calls; never looks a timestep up to find the step.
 
     Attributes:
+        planned: how many timesteps the pipeline says it will visit; it may stop before the end of the scheduler's list.
         evaluation: scheduler.step calls finished so far.
         step: solver steps begun so far minus one; two-stage solvers (Heun, KDPM2) have two evaluations per step.
         total: evaluations this run will have; known from the first evaluation on.
@@ -122,6 +123,7 @@ class Clock:
     """
 
     scheduler: Any
+    planned: Callable[[], int | None] = lambda: None
     evaluation: int = 0
     step: int = -1
     total: int = 0
@@ -141,7 +143,7 @@ class Clock:
         self._entered = self.evaluation
         timestep = timestep if self.timestep is None else self.timestep
         index = self._index(timestep)
-        self.total = self.total or self.evaluation + len(self.scheduler.timesteps) - self._position(timestep)
+        self.total = self.total or self.evaluation + self._remaining(timestep)
         self.sigma = edm_sigma(self.scheduler, timestep, index)
         if bool(getattr(self.scheduler, "state_in_first_order", True)) or self.step < 0:
             self.step += 1
@@ -166,6 +168,11 @@ class Clock:
             if index is not None:
                 return int(index)
         return self._position(timestep)
+
+    def _remaining(self, timestep: float) -> int:
+        listed = len(self.scheduler.timesteps) - self._position(timestep)
+        planned = self.planned()
+        return listed if planned is None else min(listed, planned)
 
     def _position(self, timestep: float) -> int:
         """First position of the run's first timestep: img2img pipelines start inside the list."""

@@ -48,7 +48,8 @@ class AcceleratedPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline with the recipe; arguments and result are the pipeline's own."""
         model = describe(self.pipe)  # again: components may have been exchanged since the last call
-        run = Run(Clock(self.pipe.scheduler), self._ledger, model.convention.row_order, measured=self._measured)
+        clock = Clock(self.pipe.scheduler, lambda: getattr(self.pipe, "num_timesteps", None))
+        run = Run(clock, self._ledger, model.convention.row_order, measured=self._measured)
         methods = [method for method in self.recipe.methods if not method.is_off]
         started, completed = time.perf_counter(), False
         try:
