@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,12 @@ class Recipe(BaseModel):
     note: str = ""
     methods: tuple[Method, ...] = ()
 
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _as_recipe_error("recipe", error) from error
+
     @field_validator("methods")
     @classmethod
     def _check_methods(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
@@ -50,6 +57,7 @@ class Recipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         # through JSON text, because only that form spells infinity as a string
+        # by way of JSON text: only there pydantic writes inf as a string, which strict JSON can hold
         methods = [{"method": m.name, **json.loads(m.model_dump_json())} for m in self.methods]
         return {"schema": SCHEMA_VERSION, "name": self.name, "note": self.note, "methods": methods}
 
@@ -83,7 +91,8 @@ class Recipe(BaseModel):
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise RecipeError(f"cannot write the recipe to {target}: {error.strerror or error}.") from error
 
     @classmethod
@@ -102,6 +111,8 @@ class Recipe(BaseModel):
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise RecipeError(f"{path} is not valid JSON: {error}.") from error
+        except RecursionError as error:
+            raise RecipeError(f"{path} is not a recipe: it is nested too deeply.") from error
 
     def describe(self) -> str:
         """One line: methods with the settings that differ from their defaults."""
@@ -124,7 +135,7 @@ def _method_from_dict(item: Any) -> Method:
     if not isinstance(item, dict) or "method" not in item:
         raise RecipeError("each entry of 'methods' must be an object with the key 'method'.")
     known = registry()
-    if item["method"] not in known:
+    if not isinstance(item["method"], str) or item["method"] not in known:
         raise RecipeError(f"unknown method {item['method']!r}; known are {', '.join(known)}.")
     return build_method(known[item["method"]], {key: value for key, value in item.items() if key != "method"})
 
@@ -135,9 +146,20 @@ def build_method(cls: type[Method], settings: dict[str, Any]) -> Method:
     try:
         return cls(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([cls.name, *(str(part) for part in first["loc"])])
-        raise RecipeError(f"{where}: {first['msg']} (got {first['input']!r}).") from error
+        raise _as_recipe_error(cls.name, error) from error
+
+
+def _as_recipe_error(owner: str, error: ValidationError) -> RecipeError:
+    """One sentence that names the field; a field of several types has one complaint per type."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RecipeError):
+        return cause
+    field = first["loc"][:1]
+    complaints = [item["msg"].removeprefix("Value error, ") for item in error.errors() if item["loc"][:1] == field]
+    where = ".".join([owner, *map(str, field)])
+    got = f" (got {first['input']!r})" if field else ""
+    return RecipeError(f"{where}: {' or '.join(complaints)}{got}.")
 
 
 def check_conflicts(methods: Sequence[Method]) -> None:
@@ -169,6 +191,8 @@ def resolve_recipe(recipe: Recipe | str | os.PathLike[str] | Method | Sequence[M
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         return _named_or_file(recipe)
+    if not isinstance(recipe, (Method, Sequence)):
+        raise RecipeError(f"a recipe is a name, a file, methods or a Recipe, not {type(recipe).__name__}.")
     methods = (recipe,) if isinstance(recipe, Method) else tuple(recipe)
     for method in methods:
         if not isinstance(method, Method):

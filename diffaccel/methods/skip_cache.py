@@ -61,6 +61,13 @@ class SkipCache(Method):
             raise ValueError("window is (high, low) in EDM sigma with high > low >= 0")
         return window
 
+    @field_validator("schedule")
+    @classmethod
+    def _counted(cls, schedule: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(schedule, tuple) and any(index < 0 for index in schedule):
+            raise ValueError("evaluation indices start at 0")
+        return schedule
+
     @property
     def is_off(self) -> bool:
         return self.interval == 1 and not isinstance(self.schedule, tuple)

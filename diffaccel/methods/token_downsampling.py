@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
@@ -41,6 +41,12 @@ class TokenDownsampling(Method):
     min_tokens: MinTokens = Field(default="measured")
     start_fraction: float = Field(default=0.0, ge=0, le=1)
     stop_fraction: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TokenDownsampling:
+        if self.start_fraction > self.stop_fraction:
+            raise ValueError("start_fraction must not be above stop_fraction")
+        return self
 
     @property
     def is_off(self) -> bool:
