@@ -13,6 +13,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from training.common import DEFAULT_OUT, PACKAGE_FOLDER, load_checkpoint
+from training.finetune_decoder import apply_finetuned
 from training.make_latents import load_autoencoder
 from training.train_unet import build_scheduler, build_unet, load_text
 
@@ -34,6 +35,7 @@ def build_pipeline(out: Path) -> StableDiffusionPipeline:
     """The pipeline of the latest checkpoints, in float32."""
     unet, scale = load_unet(out)
     vae = load_autoencoder(out)
+    apply_finetuned(vae, out)
     vae.register_to_config(scaling_factor=scale)
     tokenizer, text = load_text(out)
     return StableDiffusionPipeline(

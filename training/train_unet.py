@@ -29,7 +29,7 @@ from training.common import (
     save_atomically,
     seeded,
 )
-from training.train_text import LENGTH, WIDTH, build_text_encoder, tokenize
+from training.train_text import END, LENGTH, START, WIDTH, build_text_encoder, tokenize, vocabulary_words
 
 CHANNELS, HEADS = (48, 96, 160), (2, 3, 5)
 BATCH = 32
@@ -85,6 +85,13 @@ def load_text(out: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     for parameter, value in zip(encoder.parameters(), saved["average"], strict=False):
         parameter.data.copy_(value)
     return tokenizer, encoder.eval()
+
+
+def word_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """Token of each caption word: every one is a single token, so a lookup does the tokenizer's work."""
+    names = vocabulary_words()
+    ids = [tokenizer.convert_tokens_to_ids(name + "</w>") for name in names]
+    return {**dict(zip(names, ids, strict=True)), START: tokenizer.bos_token_id, END: tokenizer.eos_token_id}
 
 
 class Captions:
@@ -261,9 +268,9 @@ def work(number: int, weights: Weights, lock: Any, run: Run) -> None:
         with lock:
             weights.apply(learning_rate(PEAK_RATE, clock.progress, int(weights.step), 200, HOLD))
         losses.append(loss.item())
-        if number == 0 and len(losses) == 100:
+        if number == 0 and len(losses) == 20:
             step = int(weights.step)
-            text = f"unet {step} {clock.seconds:.0f} s loss {sum(losses) / 100:.4f} {step * BATCH / clock.seconds:.0f}/s"
+            text = f"unet {step} {clock.seconds:.0f} s loss {sum(losses) / len(losses):.4f} {step * BATCH / clock.seconds:.0f}/s"
             print(text, flush=True)
             losses = []
         if number == 0 and clock.seconds - saved_at > SAVE_SECONDS:
