@@ -56,4 +56,4 @@ def describe(pipe: Any) -> ModelMap:
 def _controlnets(controlnet: Any) -> list[nn.Module]:
     if controlnet is None:
         return []
-    return list(getattr(controlnet, "nets", [controlnet]))
+    return list(dict.fromkeys(getattr(controlnet, "nets", [controlnet])))  # one network may be listed twice
