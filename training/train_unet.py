@@ -286,7 +286,9 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 4, workers
     weights, saved = Weights(device), load_checkpoint(out / "unet.pt")
     if saved:
         weights.restore(saved)
-    run = Run(out, minutes, saved["seconds"] if saved else 0.0, device, seed, saved["scale"] if saved else None)
+    run = Run(
+        out, minutes, saved["seconds"] if saved else 0.0, device, seed, saved["scale"] if saved else None
+    )
     context = torch.multiprocessing.get_context("spawn")
     lock = context.Lock()
     if device != "cpu" or workers == 1:

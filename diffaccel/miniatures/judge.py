@@ -132,7 +132,7 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         slots, whole = self.pooled(self.trunk(images))
-        fields = self.slots(slots).split([len(values) for _, values in FIELDS], -1)
+        fields = self.slots(slots).split_with_sizes([len(values) for _, values in FIELDS], -1)
         logits = {name: part for (name, _), part in zip(FIELDS, fields, strict=True)}  # each (n, 2, values)
         logits["layout"], logits["background"] = self.layout(whole), self.background(whole)
         logits["validity"] = self.validity(torch.cat([slots.flatten(1), whole], 1))[:, 0]
@@ -158,8 +158,7 @@ class Judge:
 
     def read(self, images: Images) -> list[Reading]:
         """What each picture shows. `images`: PIL pictures or a float tensor (n, 3, h, w) in [0, 1]."""
-        batches = as_tensor(images).split(BATCH)
-        return [reading for batch in batches for reading in _readings(self._forward(batch))]
+        return [reading for batch in _batches(images) for reading in _readings(self._forward(batch))]
 
     def score(self, images: Images, cases: Sequence[PromptCase]) -> Verdict:
         """Compare pictures with the prompts they were made from, in the same order.
@@ -175,13 +174,18 @@ class Judge:
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
         """(n, 192) float features, the mean and maximum of the last maps, for a Frechet distance."""
-        rows = [self.network.pooled(self.network.trunk(batch))[1] for batch in as_tensor(images).split(BATCH)]
+        rows = [self.network.pooled(self.network.trunk(batch))[1] for batch in _batches(images)]
         return torch.cat(rows)
 
     @torch.no_grad()
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
         logits: dict[str, Tensor] = self.network(batch)
         return logits
+
+
+def _batches(images: Images) -> list[Tensor]:
+    pictures = as_tensor(images)
+    return [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
 
 
 def as_tensor(images: Images) -> Tensor:
