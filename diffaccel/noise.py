@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from diffaccel.errors import Unsupported
+
 # Their `sigmas` list does not line up with `timesteps`: every other evaluation happens at an interpolated noise level.
 _MISALIGNED_SIGMAS = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
@@ -29,9 +31,13 @@ def edm_sigma(scheduler: Any, timestep: float, index: int | None) -> float:
         index: position in the scheduler's lists; None if the scheduler keeps none.
     Returns:
         sigma >= 0; `inf` where the signal is exactly zero (flow time 1, zero-terminal-SNR).
+    Raises:
+        Unsupported: the scheduler keeps neither sigmas nor alphas.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or index is None or type(scheduler).__name__ in _MISALIGNED_SIGMAS:
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise Unsupported(f"{type(scheduler).__name__} keeps no noise levels that diffaccel can read.")
         return vp_sigma(scheduler.alphas_cumprod, timestep)
     value = float(sigmas[index])
     return flow_to_edm(value) if is_flow(scheduler) else value
