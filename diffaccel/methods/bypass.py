@@ -20,36 +20,48 @@ from diffaccel.seams import Seams
 
 
 class Feature:
-    """The stored tensor F of one lane, with its predecessor for extrapolation."""
+    """The stored tensor F of one lane, with up to `order` predecessors for extrapolation."""
 
-    def __init__(self) -> None:
-        self.now: tuple[torch.Tensor, float | None] | None = None
-        self.before: tuple[torch.Tensor, float | None] | None = None
+    def __init__(self, order: int = 0) -> None:
+        self.order = order
+        self.stored: list[tuple[torch.Tensor, float | None]] = []  # newest first
 
     def store(self, value: torch.Tensor, position: float | None, *, keep_previous: bool) -> None:
         """Keep a copy: networks may write to the tensor in place later (FreeU, T2I-Adapter)."""
-        self.before = self.now if keep_previous else None
-        self.now = (value.detach().clone(), position)
+        if not keep_previous:
+            self.stored.clear()
+        # two-stage solvers evaluate twice at one noise level: the later value replaces the earlier one
+        self.stored = [entry for entry in self.stored if entry[1] != position]
+        self.stored = [(value.detach().clone(), position), *self.stored][: self.order + 1]
 
     def at(self, position: float | None) -> torch.Tensor:
-        """F itself, or F extrapolated linearly to `position` if two stored positions allow it; always a new tensor."""
-        assert self.now is not None
-        value, here = self.now
-        if self.before is None or position is None or here is None or self.before[1] in (None, here):
-            return value.clone()
-        old, there = self.before
-        assert there is not None
-        return value + (value - old) * ((position - here) / (here - there))
+        """F at `position` by Newton's polynomial through the stored values, always a new tensor.
+
+        Divided differences vanish exactly where the stored values are equal, so unchanged features come back bit for bit.
+        """
+        value = self.stored[0][0].clone()
+        places = [place for _, place in self.stored]
+        if position is None or None in places:
+            return value
+        known = [place for place in places if place is not None]
+        weight, differences = 1.0, [tensor for tensor, _ in self.stored]
+        for k in range(1, len(known)):
+            differences = [
+                (differences[i] - differences[i + 1]) / (known[i] - known[i + k]) for i in range(len(differences) - 1)
+            ]
+            weight *= position - known[k - 1]
+            value += weight * differences[0]
+        return value
 
 
 class Bypass:
     """State shared by all bypassed modules of one run; a lane is one network call per evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: int = 0) -> None:
+        self.order = order
         self.cached = False
         self.lane: Hashable = None
         self.position: float | None = None
-        self.order = 0
         self.fresh = True
         self.features: dict[Hashable, Feature] = {}
         self.blanks: dict[tuple[Hashable, int], Any] = {}
@@ -60,10 +72,10 @@ class Bypass:
 
     @contextmanager
     def active(
-        self, lane: Hashable, *, cached: bool, position: float | None = None, order: int = 0, fresh: bool = True
+        self, lane: Hashable, *, cached: bool, position: float | None = None, fresh: bool = True
     ) -> Iterator[None]:
-        """For one network call: bypass (`cached`) or run and store. `fresh` forgets the feature before the last one."""
-        self.lane, self.cached, self.position, self.order, self.fresh = lane, cached, position, order, fresh
+        """For one network call: bypass (`cached`) or run and store. `fresh` forgets what was stored before."""
+        self.lane, self.cached, self.position, self.fresh = lane, cached, position, fresh
         try:
             yield
         finally:
@@ -86,8 +98,8 @@ class Bypass:
             return (stored,) if kwargs.get("return_dict") is False else stored
         output = original(*args, **kwargs)
         value = output[0] if isinstance(output, tuple) else output
-        feature = self.features.setdefault(self.lane, Feature())
-        feature.store(value, self.position, keep_previous=self.order > 0 and not self.fresh)
+        feature = self.features.setdefault(self.lane, Feature(self.order))
+        feature.store(value, self.position, keep_previous=not self.fresh)
         return output
 
 

@@ -2,7 +2,7 @@
 
 Ma et al., "DeepCache" (arXiv 2312.00858). A full step stores one tensor F, the hidden state entering decoder layer
 `depth` before its concatenation with skip `depth`; a cached step runs the encoder up to that skip, sets h = F and runs
-the decoder layers depth, ..., 0. With order 1, F is extrapolated along log sigma from the last two full steps (the idea
+the decoder layers depth, ..., 0. With order 1 or 2, F is extrapolated along log sigma from the last full steps (the idea
 of TaylorSeer, arXiv 2503.06923, on this one tensor). The UNet's own forward always runs: deeper blocks are bypassed, so
 time embeddings, IP-Adapter, ControlNet residuals, LoRA scales and offload hooks need no special care.
 """
@@ -35,7 +35,7 @@ class SkipCache(Method):
         schedule: "uniform"; "early" or "late" for the same number of full evaluations, denser at that end; or the
             evaluation indices that are full.
         window: (high, low) EDM sigma; cached evaluations only while low <= sigma <= high.
-        order: 0 reuses F, 1 extrapolates it from the last two full evaluations.
+        order: 0 reuses F; 1 and 2 extrapolate it along log sigma from the last two or three full evaluations.
         full_first, full_last: evaluations at the start and end of the run that are always full.
         min_evaluations: shorter runs are not cached (few-step models lose their picture); a warning and the report say so.
     An evaluation is one denoiser call of the schedule: two-stage solvers have two per step. A full one is forced when
@@ -49,7 +49,7 @@ class SkipCache(Method):
     depth: int | None = Field(default=None, ge=0)
     schedule: Literal["uniform", "early", "late"] | tuple[int, ...] = "uniform"
     window: tuple[float, float] | None = None
-    order: Literal[0, 1] = 0
+    order: Literal[0, 1, 2] = 0
     full_first: int = Field(default=1, ge=1)
     full_last: int = Field(default=1, ge=0)
     min_evaluations: int = Field(default=9, ge=1)
@@ -116,7 +116,7 @@ class _Cache:
 
     def __init__(self, config: SkipCache, depth: int, model: ModelMap, run: Run) -> None:
         self.config, self.depth, self.model, self.run = config, depth, model, run
-        self.bypass = Bypass()
+        self.bypass = Bypass(config.order)
         self.conditions: dict[Any, Conditions] = {}
         self.probe = AdapterProbe(model.denoiser)
         self.adapters: Any = None
@@ -167,9 +167,7 @@ class _Cache:
         self.run.count(SkipCache.name, full=int(not self.cached), cached=int(self.cached))
         self._remember(call)
         position = math.log(self.run.clock.sigma) if 0 < self.run.clock.sigma < math.inf else None
-        with self.bypass.active(
-            call.lane, cached=self.cached, position=position, order=self.config.order, fresh=changed
-        ):
+        with self.bypass.active(call.lane, cached=self.cached, position=position, fresh=changed):
             return proceed(call.tagged(("skip", self.depth), complete=False) if self.cached else call)
 
     def around_controlnet(self, call: Call, proceed: Proceed) -> Any:

@@ -59,26 +59,38 @@ class StepSchedule(Method):
     def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
         if arguments.get("timesteps") is not None or arguments.get("sigmas") is not None:
             raise Unsupported("step_schedule cannot be combined with timesteps or sigmas given in the call.")
-        default = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-        asked = int(arguments.get("num_inference_steps", default))
+        asked = int(_argument(pipe, arguments, "num_inference_steps"))
         count = self.steps or max(1, round(asked * self.fraction))
-        stock = evaluations(pipe.scheduler, asked)
+        strength = 1.0
+        if hasattr(pipe, "get_timesteps") and arguments.get("denoising_start") is None:
+            strength = _argument(pipe, arguments, "strength") or 1.0
+        stock = evaluations(pipe.scheduler, asked, strength)
         if self.spacing is not None and self.spacing != "ays":
             replace_spacing(pipe.scheduler, self.spacing, seams)
-        run.plain_ratio = stock / evaluations(pipe.scheduler, count)
+        run.plain_ratio = stock / evaluations(pipe.scheduler, count, strength)
         run.counters[self.name] = {"steps asked": asked, "steps run": count}
         if self.spacing == "ays":
             return arguments | {"timesteps": published_timesteps(pipe, count)}
         return arguments | {"num_inference_steps": count}
 
 
-def evaluations(scheduler: Any, steps: int) -> int:
-    """Denoiser evaluations that `steps` solver steps take (Heun: 2N - 1, PNDM: N + 1), asked of a copy."""
+def _argument(pipe: Any, arguments: dict[str, Any], name: str) -> Any:
+    """A call argument or its default; None if the pipeline has no such argument."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return arguments.get(name, parameter.default if parameter else None)
+
+
+def evaluations(scheduler: Any, steps: int, strength: float = 1.0) -> int:
+    """Denoiser evaluations that `steps` solver steps take (Heun: 2N - 1, PNDM: N + 1), asked of a copy.
+
+    With a strength below 1 the first steps are left out, by the rule of diffusers' `get_timesteps`.
+    """
     twin = type(scheduler).from_config(scheduler.config)
     # dynamic shifting needs the picture size, which changes the noise levels but not their number
     keywords = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
     twin.set_timesteps(steps, **keywords)
-    return len(twin.timesteps)
+    left_out = steps - min(int(steps * strength), steps)
+    return max(len(twin.timesteps) - left_out * int(getattr(twin, "order", 1)), 1)
 
 
 def replace_spacing(scheduler: Any, spacing: str, seams: Seams) -> None:
