@@ -102,6 +102,9 @@ def _prepare(
     """The pipeline's call arguments after the schedule methods changed them."""
     bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
     before = dict(list(bound.arguments.items())[1:])
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            before |= before.pop(name, {})
     after = functools.reduce(lambda given, method: method.prepare_call(pipe, given, run, seams), methods, before)
     return (args, kwargs) if after == before else ((), after)
 
