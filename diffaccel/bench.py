@@ -66,24 +66,6 @@ def timed(
     return result, clock() - start
 
 
-def alternate(
-    functions: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    device: torch.device | str = "cpu",
-    clock: Clock = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of every function, `repeats` times, one after the other within a repetition.
-
-    Each repetition starts with another function, so that none always runs first (or on the warmest chip).
-    Warm up before: the first call of anything is slower.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repeats):
-        for name in rotated(list(functions), repetition):
-            seconds[name].append(timed(functions[name], device, clock)[1])
-    return seconds
-
-
 def rotated(items: Sequence[Any], by: int) -> list[Any]:
     """The items starting at number `by`, around the end."""
     start = by % len(items) if items else 0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffaccel.comparison import Comparison, Row
 
 CELL, GAP, MARGIN = 192, 10, 16
-TEXT_WIDTH, HEADER, FOOTER = 190, 104, 26
+TEXT_WIDTH, FOOTER = 190, 26
 INK, PALE, PAPER = (24, 24, 28), (100, 100, 108), (250, 250, 250)
 
 
@@ -29,17 +29,18 @@ def save_contact_sheet(comparison: Comparison, path: Path, *, limit: int, overwr
 def draw_contact_sheet(comparison: Comparison, limit: int) -> Image.Image:
     """The sheet: headers with cost and quality on top, prompts on the left, settings below."""
     prompts, rows = comparison.prompts[:limit], [row for row in comparison.rows if row.images is not None]
+    header = 12 + max(23 * len(wrap(row.name, 20)) + 19 * len(describe(row)) for row in rows)
     width = 2 * MARGIN + TEXT_WIDTH + len(rows) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, 2 * MARGIN + HEADER + len(prompts) * (CELL + GAP) + FOOTER), PAPER)
+    sheet = Image.new("RGB", (width, 2 * MARGIN + header + len(prompts) * (CELL + GAP) + FOOTER), PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, row in enumerate(rows):
         left = MARGIN + TEXT_WIDTH + column * (CELL + GAP)
         _write(pen, (left, MARGIN), wrap(row.name, 20), size=18)
-        _write(pen, (left, MARGIN + 26 * len(wrap(row.name, 20))), describe(row), size=14, colour=PALE)
+        _write(pen, (left, MARGIN + 2 + 23 * len(wrap(row.name, 20))), describe(row), size=14, colour=PALE)
         for number in range(len(prompts)):
-            sheet.paste(to_picture(row, number), (left, MARGIN + HEADER + number * (CELL + GAP)))
+            sheet.paste(to_picture(row, number), (left, MARGIN + header + number * (CELL + GAP)))
     for number, prompt in enumerate(prompts):
-        _write(pen, (MARGIN, MARGIN + HEADER + number * (CELL + GAP)), wrap(prompt, 22), size=15)
+        _write(pen, (MARGIN, MARGIN + header + number * (CELL + GAP)), wrap(prompt, 22), size=15)
     _write(pen, (MARGIN, sheet.height - MARGIN - 14), [footer(comparison)], size=13, colour=PALE)
     return sheet
 

@@ -13,7 +13,7 @@ from diffaccel.output import write_file
 if TYPE_CHECKING:
     from diffaccel.comparison import Row
 
-Over = Literal["flops", "seconds"]
+Over = Literal["flops", "seconds", "evaluations"]
 Quality = Callable[["Row"], float | None]
 
 
@@ -42,9 +42,9 @@ def draw_frontier(rows: Sequence[Row], over: Over) -> Any:
 
 
 def cost(row: Row, over: Over) -> float | None:
-    """GFLOP or seconds per image."""
-    if over == "flops":
-        return row.flops / 1e9
+    """GFLOP per image, seconds per image, or denoiser evaluations."""
+    if over != "seconds":
+        return row.flops / 1e9 if over == "flops" else row.evaluations
     return None if row.seconds is None else row.seconds.median
 
 
@@ -81,7 +81,11 @@ _QUALITIES: list[tuple[str, Quality]] = [
     ("PSNR against plain (dB)", psnr_of),
     ("correct pictures (%)", accuracy_of),
 ]
-_AXIS = {"flops": "GFLOP per image (denoiser)", "seconds": "seconds per image"}
+_AXIS = {
+    "flops": "GFLOP per image (denoiser)",
+    "seconds": "seconds per image",
+    "evaluations": "denoiser evaluations",
+}
 
 
 def _figure(panels: int) -> Any:

@@ -1,0 +1,1 @@
+"""Whole-model benchmarks; run them from a checkout."""

@@ -1,0 +1,109 @@
+"""Verdicts of fidelity.py: recipes against the line of fewer steps, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffaccel.bench import describe_machine
+from diffaccel.comparison import Row, markdown_table
+from diffaccel.contest import Runner
+from diffaccel.frontier import Over, Quality, accuracy_of, line_at, psnr_of
+from diffaccel.recipe import Recipe
+
+PSNR_MARGIN = 0.3  # dB; closer than this to the line counts as on it
+_EXPLANATION = (
+    "Quality of the recipe minus that of the plain pipeline with as many steps as cost the same, linear between "
+    f"measured step counts. Within {PSNR_MARGIN} dB a recipe counts as on the line."
+)
+
+
+def against_line(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For every recipe: its quality minus that of fewer steps at equal FLOPs and at equal evaluations.
+
+    PSNR has no value for plain itself, so a recipe that saves less than the longest line run has no PSNR to compare with.
+    """
+    return [
+        {"name": row.name}
+        | {f"psnr_{over}": _above(rows, row, psnr_of, over) for over in ("flops", "evaluations")}
+        | {f"accuracy_{over}": _above(rows, row, accuracy_of, over) for over in ("flops", "evaluations")}
+        | {"verdict": verdict(rows, row)}
+        for row in rows
+        if row.kind == "recipe"
+    ]
+
+
+def _above(rows: Sequence[Row], row: Row, value: Quality, over: Over) -> float | None:
+    x = row.flops / 1e9 if over == "flops" else row.evaluations
+    own, line = value(row), line_at(rows, x, value, over)
+    return None if own is None or line is None else own - line
+
+
+def verdict(rows: Sequence[Row], row: Row) -> str:
+    """One word for PSNR at equal FLOPs; accuracy counts only where it leaves its own confidence interval."""
+    psnr, accuracy = _above(rows, row, psnr_of, "flops"), _above(rows, row, accuracy_of, "flops")
+    if psnr is None:
+        return "outside the line"
+    word = "wins" if psnr > PSNR_MARGIN else "loses" if psnr < -PSNR_MARGIN else "on the line"
+    if row.accuracy is None or accuracy is None:
+        return word
+    noise = 100 * (row.accuracy.high - row.accuracy.low) / 2
+    return word if abs(accuracy) <= noise else f"{word}; accuracy {'wins' if accuracy > 0 else 'loses'}"
+
+
+def target(rows: Sequence[Row]) -> str:
+    """The promise about the preset `fast`, kept or not."""
+    plain, fast = rows[0], next((row for row in rows if row.name == "fast"), None)
+    if fast is None or fast.accuracy is None or plain.accuracy is None:
+        return "`fast` was not measured."
+    saving, kept = plain.flops / fast.flops, fast.accuracy.mean / plain.accuracy.mean
+    word = "met" if saving >= 3 and kept >= 0.98 and fast.steps == plain.steps else "missed"
+    return (
+        f"Target of `fast` (3x fewer FLOPs, 98 % of plain accuracy, same steps): **{word}**, {saving:.2f}x fewer FLOPs, "
+        f"{100 * kept:.1f} % of plain accuracy."
+    )
+
+
+def page(rows: Sequence[Row], runner: Runner, facts: dict[str, Any], check: str) -> str:
+    """Everything as Markdown."""
+    recipes = [f"- {row.name}: `{Recipe.from_dict(row.recipe).describe()}`" for row in rows if row.kind == "recipe"]
+    sections = [
+        "# Fidelity on shapes-sd",
+        _conditions(runner, check),
+        f"{describe_machine(facts)}. Seconds of a machine with other work are rough; FLOPs are exact.",
+        markdown_table(rows).rstrip(),
+        target(rows),
+        "## Against fewer steps",
+        _EXPLANATION,
+        _line_table(against_line(rows)).rstrip(),
+        "![frontier](fidelity.png)",
+        "\n".join(recipes),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _conditions(runner: Runner, check: str) -> str:
+    settings = runner.settings
+    return (
+        f"{len(runner.prompts)} held-out prompts (half with one object, half with two), {settings.steps} steps of "
+        f"{type(runner.pipe.scheduler).__name__}, guidance {settings.guidance}, seeds from {settings.seed}. "
+        f"PSNR, SSIM and Frechet distance are against plain. {check}"
+    )
+
+
+def _line_table(entries: Sequence[dict[str, Any]]) -> str:
+    titles = {
+        "name": "recipe",
+        "psnr_flops": "PSNR, equal FLOPs",
+        "accuracy_flops": "accuracy, equal FLOPs",
+        "psnr_evaluations": "PSNR, equal evaluations",
+        "accuracy_evaluations": "accuracy, equal evaluations",
+        "verdict": "verdict",
+    }
+    lines = [" | ".join(titles.values()), " | ".join("---" for _ in titles)]
+    lines += [" | ".join(_cell(entry[key]) for key in titles) for entry in entries]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:+.1f}" if isinstance(value, float) else str(value)
