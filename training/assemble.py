@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from training.common import DEFAULT_OUT, PACKAGE_FOLDER, load_checkpoint
 from training.finetune_decoder import apply_finetuned
@@ -58,19 +59,38 @@ def assemble(out: Path, to: Path) -> int:
     for part in ("vae", "unet", "text_encoder"):
         getattr(pipe, part).half()
     pipe.save_pretrained(to, safe_serialization=True)
+    _keep_classic_names(to / "text_encoder" / "model.safetensors")
+    for name in ("vocab.json", "merges.txt"):  # transformers 4 reads these, 5 reads tokenizer.json
+        shutil.copy(out / "tokenizer" / name, to / "tokenizer" / name)
     if (out / "judge").exists():
         shutil.copytree(out / "judge", to / "judge")
     _forget_where(to)
+    _load_as_float32(to / "text_encoder" / "config.json")
     return sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
 
 
+def _keep_classic_names(file: Path) -> None:
+    """Prefix the text encoder's weights as transformers 4 does; transformers 5 reads both."""
+    prefix = "text_model."
+    state = load_file(file)
+    renamed = {name if name.startswith(prefix) else prefix + name: value for name, value in state.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
 def _forget_where(folder: Path) -> None:
-    """Drop the paths of the training machine that libraries leave in configuration files."""
-    for file in folder.rglob("*.json"):
+    """Drop what libraries write into configuration files about where a part was loaded from."""
+    dropped = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
+    for file in folder.rglob("*config.json"):
         value = json.loads(file.read_text())
-        kept = {key: item for key, item in value.items() if key not in ("_name_or_path", "name_or_path")}
+        kept = {key: item for key, item in value.items() if key not in dropped}
         if kept != value:
             file.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _load_as_float32(file: Path) -> None:
+    """transformers 5 loads the dtype named here, diffusers float32: without this a plain `from_pretrained` mixes both."""
+    value = json.loads(file.read_text()) | {"dtype": "float32"}
+    file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def main() -> None:

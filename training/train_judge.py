@@ -171,8 +171,7 @@ def evaluate(network: JudgeNetwork, count: int = 1000, seed: int = 99) -> dict[s
     for damage in dict.fromkeys(DAMAGES):
         damaged = torch.stack([damage(pictures[i], pictures[i - 1], rng) for i in range(200)])
         found[f"{damage.__name__}_rejected"] = 1 - sum(r.valid for r in judge.read(damaged)) / 200
-    found["pictures"] = count
-    return found
+    return {**{name: round(value, 4) for name, value in found.items()}, "pictures": count}
 
 
 def save_judge(

@@ -32,9 +32,9 @@ def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None)
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32 if dtype is None else dtype, local_files_only=True
-    )
+    # Set afterwards: the argument's name differs between the versions of diffusers that we support.
+    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.to(torch.float32 if dtype is None else dtype)
     return pipe
 
 
