@@ -1,8 +1,14 @@
-"""FLOPs of network calls: counted by torch's own counter the first time a kind of call happens, then remembered."""
+"""FLOPs of network calls: counted by torch's own counter the first time a kind of call happens, then remembered.
+
+Counted calls run uncompiled. With a compiler that rounds differently from eager mode, the first run of a kind may
+therefore differ from later ones in the last bits.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +25,21 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape
 def count_flops(function: Callable[[], Any]) -> tuple[Any, int]:
     """Run `function` and count the matrix, convolution and attention FLOPs it really executes (2 per multiply-add)."""
     counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _cpu_attention_flops})
-    with counter:
+    with _uncompiled(), counter:
         result = function()
     return result, int(counter.get_total_flops())
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Ignore `torch.compile` for a while.
+
+    Dynamo does not compile while an operator counter is active, and marks the code it meets then as never to be
+    compiled: one counted call would make compiled blocks eager for good, in the stock pipeline too.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class FlopLedger:
