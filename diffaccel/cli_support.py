@@ -19,6 +19,7 @@ from rich.markup import escape
 
 import diffaccel
 from diffaccel.errors import DiffaccelError
+from diffaccel.loading import DTYPES, SCHEDULERS
 
 
 class Equal(StrEnum):
@@ -93,10 +94,10 @@ Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")]
 Negative = Annotated[str, typer.Option(help="What not to draw.")]
 Size = Annotated[Any, typer.Option(parser=_parse_size, metavar="WxH", help="Picture size; default: the model's own.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; picture i gets seed + i.")]
-Scheduler = Annotated[str | None, typer.Option(help="ddim, dpm++, euler, euler-a, heun, pndm or unipc.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the first picture; picture i gets seed + i.")]
+Scheduler = Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}; default: the model's own.")]
 Placement = Annotated[str | None, typer.Option(help="Torch device; default: a GPU if there is one.")]
-Precision = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Precision = Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float16 on a GPU.")]
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,7 @@
 """The command as a user meets it: results, exit codes, one-sentence errors, and nothing half-written."""
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -343,6 +344,27 @@ def test_compare_refuses_before_it_computes(tmp_path):
     (tmp_path / "comparison.json").write_text("precious")
     assert_one_sentence(compare("shapes-sd", tmp_path, "x"), "comparison.json", "exists already")
     assert (tmp_path / "comparison.json").read_text() == "precious"
+
+
+def test_compare_judges_held_out_prompts(tmp_path):
+    result = run("compare", "--held-out", 2, "-r", "fewer-steps", "--steps", 4, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(found["prompts"]) == 2
+    assert all(0 <= variant["accuracy"]["mean"] <= 1 for variant in found["variants"])
+
+
+def test_demo_runs_again_over_its_own_results(tmp_path, monkeypatch):
+    import diffaccel.compare as work
+
+    monkeypatch.setattr(work, "demo", functools.partial(work.demo, prompts=2, steps=10))
+    (tmp_path / "comparison.json").write_text("of the last demo")
+    result = run("demo", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = {variant["name"] for variant in json.loads((tmp_path / "comparison.json").read_text())["variants"]}
+    assert {"plain", "balanced"} < names
+    assert "correct" in result.stdout
+    assert pixels(tmp_path / "comparison.png").ndim == 3
 
 
 # -- recipes and doctor -----------------------------------------------------------------------------------------------
