@@ -19,15 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a checkout that is not installed
 
+from diffusers import StableDiffusionPipeline
+
 from benchmarks.fidelity_table import against_line, page, target
 from benchmarks.recipes import final_recipes
-from diffaccel import load_judge, load_miniature
 from diffaccel.bench import machine
 from diffaccel.compare import score
 from diffaccel.comparison import Comparison, Row
 from diffaccel.contest import PLAIN, Contestant, Runner, Settings, measure, verify_plain
 from diffaccel.frontier import save_frontier
-from diffaccel.miniatures import recommended_guidance
+from diffaccel.miniatures import miniature_path, recommended_guidance
+from diffaccel.miniatures.judge import Judge
 from diffaccel.miniatures.scenes import held_out_prompts
 from diffaccel.output import write_text
 from diffaccel.recipe import Recipe
@@ -39,6 +41,8 @@ LINE = (8, 11, 15, 20, 25, 33, 42)  # step counts of the "fewer steps" line, for
 class Options:
     """The command line."""
 
+    model: Path
+    guidance: float | None
     prompts: int
     steps: int
     seed: int
@@ -58,19 +62,20 @@ def contestants(recipes: Sequence[Recipe], steps: int, line: Sequence[int]) -> l
     ]
 
 
-def prepare(options: Options) -> tuple[Runner, list[Any]]:
-    """The bundled model with its recommended guidance, and held-out prompts, half of them with two objects."""
-    pipe = load_miniature("shapes-sd").to(options.device)
-    pipe.set_progress_bar_config(disable=True)
+def prepare(options: Options) -> tuple[Runner, list[Any], Any]:
+    """Runner with the recommended guidance, held-out prompts (half of them with two objects), and the judge."""
+    pipe = StableDiffusionPipeline.from_pretrained(options.model, local_files_only=True)
+    pipe.to(options.device).set_progress_bar_config(disable=True)
     cases = held_out_prompts("mixed", options.prompts, options.seed)
-    settings = Settings(options.steps, recommended_guidance("shapes-sd"), options.seed, options.batch)
-    return Runner(pipe, [case.prompt for case in cases], settings), cases
+    guidance = recommended_guidance("shapes-sd") if options.guidance is None else options.guidance
+    settings = Settings(options.steps, guidance, options.seed, options.batch)
+    return Runner(pipe, [case.prompt for case in cases], settings), cases, Judge.load(options.model / "judge")
 
 
-def evaluate(runner: Runner, cases: Sequence[Any], recipes: Sequence[Recipe]) -> list[Row]:
+def evaluate(runner: Runner, cases: Sequence[Any], judge: Any, recipes: Sequence[Recipe]) -> list[Row]:
     """All recipes and the line on all prompts, scored."""
     runners = contestants(recipes, runner.settings.steps, LINE)
-    return score(measure(runner, runners, 1, _say_progress), cases, load_judge())
+    return score(measure(runner, runners, 1, _say_progress), cases, judge)
 
 
 def _say_progress(done: int, total: int, name: str) -> None:
@@ -80,6 +85,8 @@ def _say_progress(done: int, total: int, name: str) -> None:
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=miniature_path(), help="folder with model and judge")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the recommended one")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,15 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write fidelity.md, fidelity.json and fidelity.png; or search."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    runner, cases = prepare(options)
+    runner, cases, judge = prepare(options)
     if options.search:
         from benchmarks.search import search
 
-        search(runner, cases, options.out)
+        search(runner, cases, judge, options.out)
         return
     facts = machine(options.device)
     check = verify_plain(runner)
-    rows = evaluate(runner, cases, final_recipes())
+    rows = evaluate(runner, cases, judge, final_recipes())
     found = Comparison(tuple(rows), tuple(runner.prompts), vars(runner.settings) | {"call": {}}, facts, (check,))
     data = found.to_dict() | {"against_fewer_steps": against_line(rows), "target": target(rows)}
     write_text(options.out / "fidelity.json", json.dumps(data, indent=2, allow_nan=False) + "\n", overwrite=True)

@@ -25,7 +25,7 @@ def tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
         yield pipe
     finally:
         package.remove_patch(pipe)
-        vars(pipe.unet).pop("_tome_info", None)  # the only thing it leaves behind
+        _remove_leftovers(pipe.unet, "_tome_info")
 
 
 @contextmanager
@@ -40,13 +40,13 @@ def deepcache(pipe: Any, interval: int) -> Iterator[Any]:
         yield pipe
     finally:
         helper.disable()
-        _remove_leftovers(pipe.unet)
+        _remove_leftovers(pipe.unet, "forward")
 
 
-def _remove_leftovers(unet: Any) -> None:
-    """DeepCache leaves instance attributes `forward` behind; the next variant must meet a stock network."""
+def _remove_leftovers(unet: Any, name: str) -> None:
+    """Both packages leave an instance attribute behind; the next variant must meet a stock network."""
     for module in unet.modules():
-        vars(module).pop("forward", None)
+        vars(module).pop(name, None)
 
 
 def _version(name: str) -> str | None:

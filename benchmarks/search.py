@@ -33,37 +33,38 @@ from diffaccel.frontier import line_at, psnr_of
 from diffaccel.method import Method
 from diffaccel.output import write_text
 
-LINE = (5, 7, 9, 11, 13, 15, 17, 20, 23, 26, 30, 35, 40, 45)
-FIRST, SECOND = 16, 32  # prompts of the first two rounds; the last one takes all
+LINE = (8, 11, 15, 20, 27, 36, 44)
+FIRST, SECOND = 8, 16  # prompts of the first two rounds; the last one takes all
 BANDS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, math.inf)  # plain FLOPs over own FLOPs
 Methods = tuple[Method, ...]
 
 
 def guidance_grid() -> list[Methods]:
-    """Where guidance stops or starts, in noise levels, and adaptive thresholds."""
-    intervals = [GuidanceInterval(low=low) for low in (0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0)]
-    late = [GuidanceInterval(high=high, low=low) for high in (5.0, 8.0) for low in (0.3, 1.0)]
-    adaptive = [AdaptiveGuidance(threshold=t) for t in (0.99, 0.997, 0.999, 0.9997)]
+    """Where guidance stops and starts, in noise levels, and adaptive thresholds."""
+    intervals = [GuidanceInterval(low=low) for low in (0.3, 1.0, 2.0, 4.0, 8.0)]
+    late = [GuidanceInterval(high=high, low=1.0) for high in (8.0, 20.0)]
+    adaptive = [AdaptiveGuidance(threshold=t) for t in (0.99, 0.999)]
     return [(m,) for m in [*intervals, *late, *adaptive]]
 
 
 def skip_grid() -> list[Methods]:
     """Interval, depth, order of prediction, spacing and noise window of the skip cache."""
-    plain = [SkipCache(interval=n, depth=d, order=o) for n in (2, 3, 5) for d in (0, 1, 3) for o in (0, 1)]
-    spaced = [SkipCache(interval=n, order=1, schedule=s) for n in (2, 3) for s in ("early", "late")]
-    windows = [SkipCache(interval=n, order=1, window=(high, 0.0)) for n in (2, 3, 4) for high in (3.0, 1.0)]
-    return [(m,) for m in [*plain, *spaced, *windows]]
+    plain = [SkipCache(interval=n, depth=0, order=o) for n in (2, 3, 5) for o in (0, 1)]
+    deep = [SkipCache(interval=3, depth=d, order=1) for d in (1, 2)]
+    spaced = [SkipCache(interval=n, order=1, schedule="early") for n in (2, 3)] + [SkipCache(order=1, schedule="late")]
+    windows = [SkipCache(interval=n, order=1, window=(high, 0.0)) for n in (2, 4) for high in (8.0, 2.0)]
+    return [(m,) for m in [*plain, *deep, *spaced, *windows]]
 
 
 def token_grid() -> list[Methods]:
     """Token methods, at all sizes whether or not they pay on this machine: the axis is FLOPs."""
-    merging = [TokenMerging(ratio=r, importance=i, min_tokens=1) for r in (0.25, 0.5) for i in (False, True)]
+    merging = [TokenMerging(ratio=0.5, importance=i, min_tokens=1) for i in (False, True)]
     return [(m,) for m in [*merging, TokenDownsampling(factor=2, min_tokens=1)]]
 
 
 def step_grid() -> list[Methods]:
     """Fewer steps as a part of a recipe; the empty tuple keeps them."""
-    return [(), (StepSchedule(fraction=0.7),), (StepSchedule(fraction=0.5),), (StepSchedule(fraction=0.35),)]
+    return [(), (StepSchedule(fraction=0.6),)]
 
 
 class Search:
@@ -129,21 +130,17 @@ def combinations(parts: Sequence[Sequence[Methods]]) -> list[Methods]:
     return [methods for methods in joined if len(methods) > 1]
 
 
-def search(runner: Runner, cases: Sequence[Any], out: Path) -> list[Row]:
+def search(runner: Runner, cases: Sequence[Any], judge: Any, out: Path) -> list[Row]:
     """Run the rounds; writes search.md and search.json and returns the rows of the last round."""
-    from diffaccel import load_judge
-
     work = Search(runner, cases)
-    guidance, skips, tokens = (
-        best_by_band(work.rows(grid, FIRST), keep)
-        for grid, keep in ((guidance_grid(), 2), (skip_grid(), 2), (token_grid(), 1))
-    )
+    grids = (guidance_grid(), skip_grid(), token_grid())
+    guidance, skips, tokens = (best_by_band(work.rows(grid, FIRST), 1) for grid in grids)
     parts = [[(), *map(methods_of, kept)] for kept in (guidance, skips)]
     pairs = work.rows(combinations([*parts, step_grid()]), FIRST)
     with_tokens = [(*methods_of(row), *methods_of(token)) for row in best_by_band(pairs, 1) for token in tokens[:1]]
     singles = [methods_of(row) for row in (*guidance, *skips, *tokens)]
-    second = work.rows([*singles, *map(methods_of, best_by_band(pairs, 4)), *with_tokens], min(SECOND, len(cases)))
-    rows = work.rows(map(methods_of, best_by_band(second, 2)), len(cases), load_judge())
+    second = work.rows([*singles, *map(methods_of, best_by_band(pairs, 2)), *with_tokens], min(SECOND, len(cases)))
+    rows = work.rows(map(methods_of, best_by_band(second, 1)), len(cases), judge)
     _write(rows, len(cases), out)
     return rows
 
