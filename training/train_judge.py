@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,10 +37,13 @@ from training.common import (
     set_rate,
     write_json,
 )
+from training.finetune_decoder import apply_finetuned
+from training.make_latents import encode, load_autoencoder
 from training.scenes_render import render
 
 CHANNELS = (16, 32, 64, 96)
 BATCH = 64
+POOL = 512
 PEAK_RATE = 3e-3
 Damage = Callable[[Tensor, Tensor, random.Random], Tensor]
 
@@ -75,11 +79,11 @@ def smear(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
     return nn.functional.interpolate(small, (SIDE, SIDE), mode="bicubic")[0].clamp(0, 1)
 
 
-def warp(picture: Tensor, other: Tensor, rng: random.Random, low: float = 6.0, high: float = 12.0) -> Tensor:
-    """Bent out of shape by `low` to `high` pixels."""
+def warp(picture: Tensor, other: Tensor, rng: random.Random, low: float = 5.0, high: float = 9.0) -> Tensor:
+    """Bent out of shape: each point moves by about `low` to `high` pixels."""
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     field = torch.randn(1, 2, 5, 5, generator=generator)
-    field = field / field.abs().amax() * rng.uniform(low, high) * 2 / SIDE
+    field = field / field.std() * rng.uniform(low, high) * 2 / SIDE
     shift = nn.functional.interpolate(field, (SIDE, SIDE), mode="bicubic")[0].permute(1, 2, 0)
     line = torch.linspace(-1, 1, SIDE)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + shift
@@ -97,11 +101,11 @@ def bite(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
 
 
 def intruder(picture: Tensor, other: Tensor, rng: random.Random) -> Tensor:
-    """Part of another scene's object in a corner: one object too many."""
-    out, size = picture.clone(), rng.randint(26, 40)
+    """Another scene, shrunk, in a corner: at least one object too many."""
+    out, size = picture.clone(), rng.randint(30, 46)
+    small = nn.functional.interpolate(other[None], (size, size), mode="bilinear", antialias=True)[0]
     row, column = rng.choice((2, SIDE - size - 2)), rng.choice((2, SIDE - size - 2))
-    start = (SIDE - size) // 2
-    out[:, row : row + size, column : column + size] = other[:, start : start + size, start : start + size]
+    out[:, row : row + size, column : column + size] = small
     return out
 
 
@@ -117,7 +121,7 @@ DAMAGES: tuple[Damage, ...] = (blend, graft, smear, warp, warp, bite, intruder, 
 def soften(picture: Tensor, rng: random.Random) -> Tensor:
     """What a good generator may do to a sound picture: a little blur, bending and tint."""
     if rng.random() < 0.5:
-        picture = warp(picture, picture, rng, 0.2, 1.8)
+        picture = warp(picture, picture, rng, 0.1, 0.9)
     if rng.random() < 0.4:
         small = nn.functional.interpolate(picture[None], scale_factor=rng.uniform(0.4, 0.8), mode="bilinear")
         picture = nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear")[0]
@@ -136,6 +140,40 @@ def batch(
         for i, good in enumerate(sound.tolist())
     ]
     return torch.stack(out), torch.tensor([class_rows(scene) for scene in scenes]), sound.float()
+
+
+@dataclass
+class Pool:
+    """Pictures that went through the autoencoder: as sound as drawn ones, but with its handwriting."""
+
+    pictures: Tensor
+    classes: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, out: Path, count: int, seed: int) -> Pool:
+        """`count` scenes encoded, disturbed a little and decoded again; none without a trained autoencoder."""
+        if not (out / "autoencoder.pt").exists():
+            return cls(torch.empty(0, 3, SIDE, SIDE), torch.empty(0, 10, dtype=torch.long))
+        vae, (rng, generator) = load_autoencoder(out), seeded(seed)
+        apply_finetuned(vae, out)
+        scenes = [random_scene(rng) for _ in range(count)]
+        rows = []
+        for start in range(0, count, 32):
+            latents = encode(vae, render(scenes[start : start + 32], generator))
+            latents += rng.uniform(0, 0.15) * latents.std() * torch.randn(latents.shape, generator=generator)
+            rows.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+        return cls(torch.cat(rows), torch.tensor([class_rows(scene) for scene in scenes]))
+
+    def replace(
+        self, batch: tuple[Tensor, Tensor, Tensor], rng: random.Random
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`batch` with an eighth of its pictures taken from the pool."""
+        pictures, classes, sound = batch
+        for row in range(0, len(pictures) if len(self.pictures) else 0, 8):
+            pick = rng.randrange(len(self.pictures))
+            pictures[row], classes[row], sound[row] = self.pictures[pick], self.classes[pick], 1.0
+        return pictures, classes, sound
 
 
 def judge_loss(logits: dict[str, Tensor], classes: Tensor, sound: Tensor) -> Tensor:
@@ -198,10 +236,11 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> Judg
         optimizer.load_state_dict(saved["optimizer"])
         average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
         step, spent = saved["step"], saved["seconds"]
+    pool = Pool.of(out, POOL, seed)
     clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
     while clock.progress < 1:
         set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
-        pictures, classes, sound = (part.to(device) for part in batch(rng, generator))
+        pictures, classes, sound = (part.to(device) for part in pool.replace(batch(rng, generator), rng))
         loss = judge_loss(network(pictures), classes, sound)
         optimizer.zero_grad()
         loss.backward()
