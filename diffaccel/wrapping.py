@@ -12,13 +12,14 @@ from typing import Any
 from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.method import Method
+from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, describe
 from diffaccel.recipe import Recipe, resolve_recipe
 from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
 from diffaccel.seams import Seams
 
-_OWN = frozenset({"pipe", "recipe", "report", "_ledger", "_measured"})
+_OWN = frozenset({"pipe", "recipe", "report", "_ledger", "_measured", "_networks"})
 
 
 class AcceleratedPipeline:
@@ -44,10 +45,14 @@ class AcceleratedPipeline:
         self.pipe, self.recipe, self.report = pipe, recipe, None
         self._ledger = FlopLedger()
         self._measured: dict[Hashable, Any] = {}
+        self._networks: Hashable = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline with the recipe; arguments and result are the pipeline's own."""
         model = describe(self.pipe)  # again: components may have been exchanged since the last call
+        networks = _describe_work(model)
+        if networks != self._networks:
+            self._ledger, self._measured, self._networks = FlopLedger(), {}, networks
         clock = Clock(self.pipe.scheduler, lambda: getattr(self.pipe, "num_timesteps", None))
         run = Run(clock, self._ledger, model.convention.row_order, measured=self._measured)
         methods = [method for method in self.recipe.methods if not method.is_off]
@@ -94,6 +99,14 @@ def wrap(pipe: Any, recipe: Recipe | str | os.PathLike[str] | Method | Sequence[
     if isinstance(pipe, AcceleratedPipeline):
         raise Unsupported("this pipeline is wrapped already; wrap its `.pipe` with all methods in one recipe.")
     return AcceleratedPipeline(pipe, resolve_recipe(recipe))
+
+
+def _describe_work(model: ModelMap) -> Hashable:
+    """What the work of a network call depends on besides its arguments: weights, adapters, where they are."""
+    networks = [model.denoiser, *(net for net, _ in model.controlnets)]
+    return tuple(
+        (AdapterProbe(net).state(), tuple((p.shape, p.dtype, p.device) for p in net.parameters())) for net in networks
+    )
 
 
 def _prepare(

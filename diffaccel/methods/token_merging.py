@@ -115,6 +115,7 @@ class _Merger:
         generator, importance = self.state.generator(), self.state.importance
         if importance is None or importance.shape[0] != metric.shape[0]:
             kept, rest = window_destinations(height, width, generator)
+            removed = min(removed, rest.shape[1])  # grids of one row have a destination in every pair of tokens
             return match_tokens(metric, kept.to(metric.device), rest.to(metric.device), removed)
         pooled = torch.nn.functional.adaptive_avg_pool2d(importance[:, None].float(), (height, width)).flatten(1)
         kept, rest, favoured = important_destinations(pooled, removed, generator)
@@ -175,11 +176,15 @@ class SlotMap:
 
 
 def window_destinations(height: int, width: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One random cell of each whole 2 x 2 window, and all other cells, as (1, count) token indices."""
-    rows, columns = height // 2, width // 2
-    choice = torch.randint(4, (rows, columns), generator=generator)
-    y = 2 * torch.arange(rows)[:, None] + choice // 2
-    x = 2 * torch.arange(columns)[None, :] + choice % 2
+    """One random cell of each whole 2 x 2 window, and all other cells, as (1, count) token indices.
+
+    Windows of a grid of one row or column are one token thin.
+    """
+    tall, wide = min(height, 2), min(width, 2)
+    rows, columns = height // tall, width // wide
+    choice = torch.randint(tall * wide, (rows, columns), generator=generator)
+    y = tall * torch.arange(rows)[:, None] + choice // wide
+    x = wide * torch.arange(columns)[None, :] + choice % wide
     kept = (y * width + x).flatten()
     mask = torch.ones(height * width, dtype=torch.bool)
     mask[kept] = False
@@ -199,7 +204,7 @@ def important_destinations(
         is True for unimportant tokens, which are merged before any important one.
     """
     images, tokens = importance.shape
-    count = tokens // 4
+    count = max(tokens // 4, 1)
     pool = max(min(tokens, math.ceil((tokens - removed) * _POOL)), count)
     order = importance.argsort(dim=1, descending=True)
     draw = torch.randperm(pool, generator=generator)[:count].to(importance.device)  # the same ranks for every image

@@ -1,0 +1,419 @@
+"""Outside a call everything is stock, whatever happened inside; inside, the report says what hooks of our own count."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import random
+from types import FunctionType, MethodType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from independent import counted_rows, network_flops
+from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet
+
+import diffaccel
+from diffaccel import (
+    AdaptiveGuidance,
+    GuidanceInterval,
+    Recipe,
+    SkipCache,
+    StepSchedule,
+    TokenDownsampling,
+    TokenMerging,
+    Unsupported,
+)
+
+EVERYTHING = [
+    StepSchedule(fraction=0.5, spacing="trailing"),
+    GuidanceInterval(high=8.0, low=0.5),
+    SkipCache(interval=3, depth=2, min_evaluations=1, full_last=0),
+    TokenMerging(min_tokens=1, importance=True),
+]
+STEPS = 10  # half of them run
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_pipeline("sd")
+
+
+@pytest.fixture(scope="module")
+def fast(sd):
+    wrapped = diffaccel.wrap(sd, EVERYTHING)
+    run(wrapped, "sd", steps=STEPS)
+    assert wrapped.report.steps == 5
+    return wrapped
+
+
+def snapshot(pipe):
+    """Every instance attribute of every module by name and identity; keys and callables of scheduler and pipeline."""
+    seen = {}
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            for name, inner in module.named_modules():
+                own = {key: id(value) for key, value in vars(inner).items()}
+                hooks = {key: list(value) for key, value in vars(inner).items() if "hooks" in key and value}
+                seen[f"{part}.{name}"] = (own, hooks, id(getattr(inner, "processor", None)))
+    for part in (pipe, pipe.scheduler):
+        patched = [key for key, value in vars(part).items() if isinstance(value, (FunctionType, MethodType))]
+        seen[type(part).__name__] = (sorted(vars(part)), patched, dict(part.config))
+    return seen
+
+
+# --- outside a call ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_nothing_behind(kind):
+    pipe = tiny_pipeline(kind)
+    stock = run(pipe, kind)
+    before = snapshot(pipe)
+    wrapped = diffaccel.wrap(pipe, EVERYTHING)
+    assert snapshot(pipe) == before
+    changed = []
+
+    def compare(*_):
+        now = snapshot(pipe)
+        changed.append({name for name in before if now[name] != before[name]})
+
+    handle = pipe.unet.conv_in.register_forward_hook(compare)
+    run(wrapped, kind)
+    handle.remove()
+    assert len(changed[0]) > 10  # the comparison sees what a run attaches
+    assert type(pipe.scheduler).__name__ in changed[0]
+    assert snapshot(pipe) == before
+    assert torch.equal(run(pipe, kind), stock)
+
+
+class Stop(Exception):
+    pass
+
+
+def failing_callback(step, error):
+    def callback(pipe, index, t, tensors):
+        if index == step:
+            raise error
+        return {}
+
+    return {"callback_on_step_end": callback}
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_an_exception_in_a_callback_at_every_step(sd, fast, error):
+    stock, quick, before = run(sd, "sd"), run(fast, "sd"), snapshot(sd)
+    for step in range(5):
+        with counted_rows(sd) as rows, pytest.raises(error):
+            fast(**tiny_inputs("sd", steps=STEPS), **failing_callback(step, error()))
+        assert snapshot(sd) == before
+        assert not fast.report.completed
+        assert fast.report.evaluations == len(rows) == step + 1
+        assert fast.report.rows == sum(rows)
+    assert torch.equal(run(sd, "sd"), stock)
+    assert torch.equal(run(fast, "sd"), quick)
+    assert fast.report.completed
+
+
+def test_an_exception_inside_the_network_at_every_step(sd, fast):
+    """From a module that runs on full and on cached evaluations, half-way through the forward."""
+    quick, before = run(fast, "sd"), snapshot(sd)
+    for step in range(5):
+        calls = []
+
+        def fail(*_, step=step, calls=calls):
+            calls.append(1)
+            if len(calls) == step + 1:
+                raise Stop
+
+        handle = sd.unet.up_blocks[-1].resnets[-1].register_forward_hook(fail)
+        with pytest.raises(Stop):
+            run(fast, "sd", steps=STEPS)
+        handle.remove()
+        assert snapshot(sd) == before
+        assert not fast.report.completed
+    assert torch.equal(run(fast, "sd"), quick)
+
+
+def test_an_error_in_the_arguments(sd, fast):
+    before = snapshot(sd)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        fast(**tiny_inputs("sd") | {"height": 33})
+    with pytest.raises(TypeError):
+        fast(*range(40))
+    assert snapshot(sd) == before
+    assert not fast.report.completed
+    assert fast.report.evaluations == fast.report.flops == 0
+
+
+def test_an_interrupt_from_a_callback(sd, fast):
+    quick, before = run(fast, "sd"), snapshot(sd)
+
+    def interrupt(pipe, index, t, tensors):
+        pipe._interrupt = index == 2
+        return {}
+
+    for _ in range(2):
+        fast(**tiny_inputs("sd", steps=STEPS), callback_on_step_end=interrupt)
+        assert snapshot(sd) == before
+        assert fast.report.evaluations == fast.report.steps == 3
+        assert not fast.report.completed
+        assert "did not finish" in str(fast.report)
+    assert torch.equal(run(fast, "sd"), quick)
+    assert fast.report.completed
+
+
+def test_global_random_states_are_untouched(sd):
+    recipes = [EVERYTHING, [AdaptiveGuidance(), TokenDownsampling()], [TokenMerging()]]
+    states = (torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate())
+    for recipe in recipes:
+        run(diffaccel.wrap(sd, recipe), "sd", steps=4 if recipe is not EVERYTHING else STEPS)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert pickle.dumps(np.random.get_state()) == states[1]
+    assert random.getstate() == states[2]
+
+
+def test_the_global_random_state_has_no_influence(fast):
+    torch.manual_seed(1)
+    first = run(fast, "sd", steps=STEPS)
+    torch.manual_seed(2)
+    assert torch.equal(first, run(fast, "sd", steps=STEPS))
+
+
+def test_copies_and_pickles_of_a_used_pipeline(sd, fast):
+    run(fast, "sd", steps=STEPS)
+    stock = run(sd, "sd", steps=4)
+    twin = copy.deepcopy(sd)
+    assert torch.equal(run(twin, "sd", steps=4), stock)
+    with torch.no_grad():  # the copy has weights of its own
+        twin.unet.conv_out.weight.zero_()
+    assert not torch.equal(run(twin, "sd", steps=4), stock)
+    assert torch.equal(run(sd, "sd", steps=4), stock)
+    back = pickle.loads(pickle.dumps(sd.unet))
+    sample, text = torch.ones(1, 4, 16, 16), torch.ones(1, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(back(sample, 1, text).sample, sd.unet(sample, 1, text).sample)
+
+
+def test_copies_and_pickles_of_the_wrapper(fast):
+    want = run(fast, "sd", steps=STEPS)
+    for twin in (copy.deepcopy(fast), copy.copy(fast)):
+        assert twin.recipe == fast.recipe
+        assert torch.equal(run(twin, "sd", steps=STEPS), want)
+    assert copy.deepcopy(fast).pipe is not fast.pipe
+    assert copy.copy(fast).pipe is fast.pipe
+
+
+# --- several wrappers ---
+
+
+def test_two_wrappers_on_one_unet_alternate(sd):
+    other = StableDiffusionPipeline(**sd.components, requires_safety_checker=False)
+    other.scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    other.set_progress_bar_config(disable=True)
+    assert other.unet is sd.unet
+    one = diffaccel.wrap(sd, [SkipCache(interval=4), GuidanceInterval(low=0.5)])
+    two = diffaccel.wrap(other, [SkipCache(interval=3, depth=3, order=1), TokenMerging(min_tokens=1)])
+    sizes = {"size": (32, 48)}
+    want = run(one, "sd", steps=9), run(two, "sd", steps=9, images=2, **sizes), run(sd, "sd", steps=9)
+    counts = one.report.methods, two.report.methods
+    for _ in range(2):
+        assert torch.equal(run(one, "sd", steps=9), want[0])
+        assert torch.equal(run(two, "sd", steps=9, images=2, **sizes), want[1])
+        assert torch.equal(run(sd, "sd", steps=9), want[2])
+        assert (one.report.methods, two.report.methods) == counts
+
+
+def test_nested_calls_are_refused(sd, fast):
+    """From a callback, on the same wrapper or on another one around the same UNet; the outer run goes on."""
+    want = run(fast, "sd", steps=STEPS)
+    refused = []
+
+    def nested(pipe, index, t, tensors):
+        if index == 1:
+            for inner in (fast, diffaccel.wrap(pipe, [])):
+                with pytest.raises(Unsupported, match="already inside an accelerated call") as caught:
+                    run(inner, "sd", steps=STEPS)
+                refused.append(caught)
+        return {}
+
+    got = fast(**tiny_inputs("sd", steps=STEPS), callback_on_step_end=nested).images
+    assert len(refused) == 2
+    assert torch.equal(got, want)
+    assert fast.report.completed
+    assert fast.report.evaluations == 5
+
+
+def test_wrapping_twice_is_refused(fast):
+    with pytest.raises(Unsupported, match="wrapped already"):
+        diffaccel.wrap(fast, [])
+
+
+def test_components_may_be_exchanged_between_calls():
+    """Another UNet or scheduler: pictures and counts are those of the new one."""
+    fast = diffaccel.wrap(tiny_pipeline("sd"), [GuidanceInterval(low=0.5)])
+    first = run(fast, "sd", steps=4)
+    fast.unet = tiny_unet(seed=9, layers=1)
+    assert not torch.equal(run(fast, "sd", steps=4), first)
+    assert fast.report.flops == network_flops(fast.pipe, lambda: run(fast, "sd", steps=4))
+    assert fast.report.flops_plain == network_flops(fast.pipe, lambda: run(fast.pipe, "sd", steps=4))
+    fast.scheduler = EulerDiscreteScheduler()
+    run(fast, "sd", steps=4)
+    assert fast.report.completed
+
+
+# --- the wrapper itself ---
+
+
+def test_attributes_pass_through(sd):
+    fast = diffaccel.wrap(sd, [])
+    assert fast.unet is sd.unet
+    assert fast.components.keys() == sd.components.keys()
+    scheduler, old = EulerDiscreteScheduler(), sd.scheduler
+    fast.scheduler = scheduler
+    assert sd.scheduler is scheduler
+    assert "scheduler" not in vars(fast)
+    fast.scheduler = old
+    fast.remark = "kept on the pipeline"
+    assert sd.remark == "kept on the pipeline"
+    del sd.remark
+    assert not hasattr(fast, "remark")
+    with pytest.raises(AttributeError):
+        _ = fast.no_such_thing
+    assert {"report", "recipe", "pipe", "unet", "to", "enable_model_cpu_offload"} <= set(dir(fast))
+    assert repr(fast) == "diffaccel: StableDiffusionPipeline with no methods"
+
+
+def test_pipe_recipe_and_report(sd):
+    fast = diffaccel.wrap(sd, SkipCache())
+    assert fast.pipe is sd
+    assert fast.recipe == Recipe(methods=(SkipCache(),))
+    assert fast.report is None
+    run(fast, "sd", steps=9)
+    first = fast.report
+    assert first.completed
+    run(fast, "sd", steps=10)
+    assert first is not fast.report
+    assert (first.steps, fast.report.steps) == (9, 10)
+    assert not hasattr(sd, "report")
+
+
+def test_the_report_as_json_and_as_text(sd):
+    fast = diffaccel.wrap(sd, [GuidanceInterval(low=0.5), SkipCache(window=(float("inf"), 0.3))])
+    run(fast, "sd", steps=12)
+    report = fast.report
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["evaluations"] == report.evaluations == 12
+    assert data["rows"] == report.rows
+    assert data["methods"] == report.methods
+    assert data["recipe"] == fast.recipe.to_dict()
+    assert "trace" not in data
+    text = str(report)
+    for number in (f"steps         {report.steps}", "evaluations   12", f"({report.rows} rows)"):
+        assert number in text
+    for number in (f"{report.flops:.3e}", f"{report.flops_plain:.3e}", f"{report.flops_ratio:.2f}x fewer"):
+        assert number in text
+    for name, counts in report.methods.items():
+        assert name in text
+        assert all(f"{key} {value}" in text for key, value in counts.items())
+
+
+def test_a_note_is_printed(sd):
+    fast = diffaccel.wrap(sd, GuidanceInterval(low=0.5))
+    fast(**tiny_inputs("sd", steps=4) | {"guidance_scale": 1.0})
+    assert "note: guidance_interval: this call runs without" in str(fast.report)
+    assert fast.report.to_dict()["notes"] == list(fast.report.notes)
+
+
+# --- counts ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_are_those_of_the_operators(kind):
+    """Against torch's counter around the stock networks, attention written as matrix products."""
+    pipe = tiny_pipeline(kind)
+    fast = diffaccel.wrap(pipe, [])
+    with counted_rows(pipe) as rows:
+        run(fast, kind, steps=3, images=2)
+    assert fast.report.rows == sum(rows)
+    assert fast.report.evaluations == len(rows)
+    want = network_flops(pipe, lambda: run(pipe, kind, steps=3, images=2))
+    assert fast.report.flops == fast.report.flops_plain == want
+
+
+METHODS = [
+    GuidanceInterval(high=6.0, low=0.5),
+    AdaptiveGuidance(threshold=0.999),
+    SkipCache(depth=3),
+    TokenMerging(min_tokens=1),
+    TokenDownsampling(min_tokens=64, reduction="average"),
+]
+
+
+@pytest.mark.parametrize("kind", ["sd", "controlnet", "sdxl"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_flops_with_a_method(kind, method):
+    """What was saved is really not executed, and what is called plain is what the stock pipeline costs."""
+    pipe = tiny_pipeline(kind)
+    fast = diffaccel.wrap(pipe, method)
+    run(fast, kind, steps=9)
+    first = fast.report
+    executed = network_flops(pipe, lambda: run(fast, kind, steps=9))
+    assert first.flops == fast.report.flops == executed
+    assert first.flops_plain == network_flops(pipe, lambda: run(pipe, kind, steps=9))
+    assert first.flops < first.flops_plain
+
+
+# --- ways of calling ---
+
+
+@pytest.mark.parametrize("kind", ["sd-img2img", "controlnet"])
+@pytest.mark.parametrize("recipe", [[], EVERYTHING], ids=["off", "all"])
+def test_images_by_position(kind, recipe):
+    pipe = tiny_pipeline(kind)
+    fast = diffaccel.wrap(pipe, recipe)
+    want = run(fast, kind)
+    inputs = tiny_inputs(kind)
+    image = inputs.pop("image")
+    assert torch.equal(fast(None, image, **inputs).images, want)
+    if not recipe:
+        assert torch.equal(run(pipe, kind), want)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_several_images_per_prompt(kind):
+    pipe = tiny_pipeline(kind)
+    inputs = tiny_inputs(kind, steps=4) | {"num_images_per_prompt": 2}
+
+    def generators():
+        return {"generator": [torch.Generator().manual_seed(k) for k in range(2)]}
+
+    fast = diffaccel.wrap(pipe, [])
+    assert torch.equal(fast(**inputs | generators()).images, pipe(**inputs | generators()).images)
+    assert fast.report.rows == 16
+    half = diffaccel.wrap(pipe, GuidanceInterval(stop_fraction=0.5))
+    with counted_rows(pipe) as rows:
+        half(**inputs | generators())
+    assert rows == [4, 4, 2, 2]
+
+
+def test_given_latents(sd):
+    """Their odd size (18 x 22) and their memory are left alone."""
+    latents = torch.randn(1, 4, 18, 22, generator=torch.Generator().manual_seed(3))
+    kept = latents.clone()
+    fast = diffaccel.wrap(sd, [])
+    inputs = tiny_inputs("sd", steps=5) | {"latents": latents}
+    assert torch.equal(fast(**inputs).images, sd(**inputs).images)
+    quick = diffaccel.wrap(sd, EVERYTHING)
+    first = quick(**inputs).images
+    assert torch.equal(first, quick(**inputs).images)
+    assert first.shape[-2:] == (36, 44)
+    assert torch.equal(latents, kept)
+
+
+def test_a_tuple_instead_of_an_output(sd, fast):
+    want = run(fast, "sd", steps=STEPS)
+    got = fast(**tiny_inputs("sd", steps=STEPS), return_dict=False)
+    assert torch.equal(got[0], want)
