@@ -100,6 +100,7 @@ class Diagnosis:
         ]
         if self.pipeline is not None:
             rows += [("pipeline", self.pipeline.pipeline), ("scheduler", self.pipeline.scheduler)]
+            rows += [("attention", f"{count} x {name}") for name, count in self.pipeline.attention.items()]
             rows += [(check.name, check.reason or "applies") for check in self.pipeline.methods]
         return "\n".join(f"{name}: {text}" for name, text in [*rows, *(("problem", text) for text in self.problems)])
 

@@ -54,4 +54,5 @@ def test_json_and_block_carry_the_reasons(tiny_folder, monkeypatch):
     assert checks["token_merging"] == {"name": "token_merging", "applies": False, "reason": "not on a Tuesday."}
     assert checks["skip_cache"]["applies"]
     assert "token_merging: not on a Tuesday." in found.to_block()
+    assert "attention: 8 x AttnProcessor2_0" in found.to_block()
     assert found.pipeline.attention == {"AttnProcessor2_0": 8}
