@@ -35,7 +35,8 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
         device: torch device; default: "cuda" if there is one, else "cpu".
         dtype: "float32", "float16" or "bfloat16"; default: float16 on a GPU, else float32.
     Raises:
-        LoadError: no such model, not a pipeline, weights only as pickle files, or a device that is not there.
+        LoadError: no such model, not a pipeline, weights only as pickle files, own program code, or a device that is
+            not there.
     """
     if model not in NAMES:
         _check_source(model)
@@ -82,6 +83,11 @@ def _check_source(model: str) -> None:
 def _check_folder(path: Path) -> None:
     if not (path / "model_index.json").is_file():
         raise LoadError(f"The folder {path} is no diffusers pipeline: it holds no model_index.json.")
+    code = sorted(path.rglob("*.py"))
+    if code:
+        raise LoadError(
+            f"{path} brings its own program code ({code[0].name}), which is never run; load it in Python instead."
+        )
     for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
         pickles = sorted(file.name for file in part.iterdir() if file.suffix in PICKLES)
         if pickles and not any(part.glob("*.safetensors")):

@@ -193,6 +193,31 @@ def test_pickled_weights_are_refused(tiny_folder, tmp_path):
     assert_one_sentence(generate(folder, tmp_path), "pickle", "unet", "safetensors")
 
 
+def test_hub_models_are_asked_for_safetensors_only(monkeypatch, tmp_path):
+    import diffusers
+
+    asked = {}
+
+    def from_pretrained(model, **options):
+        asked[model] = options
+        raise OSError("no such model on the hub")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    assert_one_sentence(generate("owner/name", tmp_path), "owner/name", "no such model on the hub")
+    assert asked == {"owner/name": {"use_safetensors": True}}
+
+
+def test_program_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "own-code")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "Own"]}))
+    (folder / "pipeline.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    assert_one_sentence(generate(folder, tmp_path), "own program code", "pipeline.py")
+    assert not (tmp_path / "was-run").exists()
+
+
 def test_damaged_model_folder(tiny_folder, tmp_path):
     import shutil
 
