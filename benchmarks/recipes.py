@@ -12,6 +12,7 @@ from diffaccel import (
     presets,
 )
 from diffaccel.method import Method
+from diffaccel.run import Layer
 
 
 def named(name: str, *methods: Method) -> Recipe:
@@ -19,16 +20,21 @@ def named(name: str, *methods: Method) -> Recipe:
     return Recipe(name=name, methods=methods)
 
 
-def final_recipes() -> list[Recipe]:
-    """What the published table holds."""
-    singles = [
-        named("guidance first half", GuidanceInterval(stop_fraction=0.5)),
+def methods_alone() -> list[Recipe]:
+    """Every method at one or two strengths."""
+    return [
+        named("guidance above 1", GuidanceInterval(low=1.0)),
         named("adaptive guidance 0.999", AdaptiveGuidance(threshold=0.999)),
-        named("skip cache 2", SkipCache(interval=2)),
-        named("skip cache 3", SkipCache(interval=3)),
+        named("skip cache 2", SkipCache(interval=2, order=0)),
+        named("skip cache 3", SkipCache(interval=3, order=0)),
         named("skip cache 3, linear", SkipCache(interval=3, order=1)),
         named("token merging 0.5", TokenMerging(ratio=0.5, min_tokens=1)),
         named("token downsampling 2", TokenDownsampling(factor=2, min_tokens=1)),
     ]
-    chosen = [recipe for recipe in presets().values() if not all(m.is_off for m in recipe.methods)]
-    return [*singles, *chosen]
+
+
+def chosen_presets() -> list[Recipe]:
+    """The presets that do something other than lower the steps: those are the line itself."""
+    return [
+        recipe for recipe in presets().values() if any(m.layer > Layer.SCHEDULE for m in recipe.methods if not m.is_off)
+    ]

@@ -35,7 +35,8 @@ class SkipCache(Method):
         schedule: "uniform"; "early" or "late" for the same number of full evaluations, denser at that end; or the
             evaluation indices that are full.
         window: (high, low) EDM sigma; cached evaluations only while low <= sigma <= high.
-        order: 0 reuses F; 1 and 2 extrapolate it along log sigma from the last two or three full evaluations.
+        order: 0 reuses F; 1 and 2 extrapolate it along log sigma from the last two or three full evaluations, which are
+            kept. On the bundled model 1 beats 0 clearly at every interval.
         full_first, full_last: evaluations at the start and end of the run that are always full.
         min_evaluations: shorter runs are not cached (few-step models lose their picture); a warning and the report say so.
     An evaluation is one denoiser call of the schedule: two-stage solvers have two per step. A full one is forced when
@@ -49,7 +50,7 @@ class SkipCache(Method):
     depth: int | None = Field(default=None, ge=0)
     schedule: Literal["uniform", "early", "late"] | tuple[int, ...] = "uniform"
     window: tuple[float, float] | None = None
-    order: Literal[0, 1, 2] = 0
+    order: Literal[0, 1, 2] = 1
     full_first: int = Field(default=1, ge=1)
     full_last: int = Field(default=1, ge=0)
     min_evaluations: int = Field(default=9, ge=1)
