@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs fro
 
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.fidelity_table import against_line, page, target
-from benchmarks.recipes import final_recipes
+from benchmarks.fidelity_table import Page, against_line, target
+from benchmarks.recipes import chosen_presets, methods_alone
 from diffaccel.bench import machine
 from diffaccel.compare import score
-from diffaccel.comparison import Comparison, Row
+from diffaccel.comparison import Row
 from diffaccel.contest import PLAIN, Contestant, Runner, Settings, measure, verify_plain
 from diffaccel.frontier import save_frontier
 from diffaccel.miniatures import miniature_path, recommended_guidance
@@ -34,7 +34,9 @@ from diffaccel.miniatures.scenes import held_out_prompts
 from diffaccel.output import write_text
 from diffaccel.recipe import Recipe
 
-LINE = (8, 11, 15, 20, 25, 33, 42)  # step counts of the "fewer steps" line, for 50 steps
+# Divisors of 1000: for other counts the DDIM of diffusers rounds its stride down and the line would be unfairly low.
+LINE = (8, 10, 20, 25)
+LONG_LINE = (40,)  # only methods that save little need it
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Options:
     model: Path
     guidance: float | None
     prompts: int
+    method_prompts: int
     steps: int
     seed: int
     batch: int
@@ -52,14 +55,14 @@ class Options:
     out: Path
 
 
-def contestants(recipes: Sequence[Recipe], steps: int, line: Sequence[int]) -> list[Contestant]:
-    """Plain first, then the line of fewer steps, then the recipes."""
-    fewer = [Contestant(f"{k} steps", "fewer steps", PLAIN, k) for k in line if k < steps]
-    return [
-        Contestant("plain", "plain", PLAIN, steps),
-        *fewer,
-        *(Contestant(recipe.name, "recipe", recipe, steps) for recipe in recipes),
-    ]
+def baselines(steps: int, line: Sequence[int]) -> list[Contestant]:
+    """The line of fewer steps."""
+    return [Contestant(f"{k} steps", "fewer steps", PLAIN, k) for k in line if k < steps]
+
+
+def entries(recipes: Sequence[Recipe], steps: int) -> list[Contestant]:
+    """Recipes with all steps."""
+    return [Contestant(recipe.name, "recipe", recipe, steps) for recipe in recipes]
 
 
 def prepare(options: Options) -> tuple[Runner, list[Any], Any]:
@@ -72,10 +75,16 @@ def prepare(options: Options) -> tuple[Runner, list[Any], Any]:
     return Runner(pipe, [case.prompt for case in cases], settings), cases, Judge.load(options.model / "judge")
 
 
-def evaluate(runner: Runner, cases: Sequence[Any], judge: Any, recipes: Sequence[Recipe]) -> list[Row]:
-    """All recipes and the line on all prompts, scored."""
-    runners = contestants(recipes, runner.settings.steps, LINE)
-    return score(measure(runner, runners, 1, _say_progress), cases, judge)
+def evaluate(runner: Runner, cases: Sequence[Any], judge: Any, method_prompts: int) -> tuple[list[Row], list[Row]]:
+    """Presets and line on all prompts; presets, methods alone and a longer line on the first `method_prompts`."""
+    steps, size = runner.settings.steps, runner.settings.batch_size
+    plain = Contestant("plain", "plain", PLAIN, steps)
+    whole = measure(runner, [plain, *baselines(steps, LINE), *entries(chosen_presets(), steps)], 1, _say_progress)
+    calls = max(1, method_prompts // size)
+    short = Runner(runner.pipe, runner.prompts[: calls * size], runner.settings)
+    alone = measure(short, [*baselines(steps, LONG_LINE), *entries(methods_alone(), steps)], 1, _say_progress)
+    both = [measurement.first(calls) for measurement in whole] + alone
+    return score(whole, cases, judge), score(both, cases[: calls * size], judge)
 
 
 def _say_progress(done: int, total: int, name: str) -> None:
@@ -88,6 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--model", type=Path, default=miniature_path(), help="folder with model and judge")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the recommended one")
     parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--method-prompts", type=int, default=64, help="prompts for methods alone; whole batches")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
@@ -109,13 +119,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     facts = machine(options.device)
     check = verify_plain(runner)
-    rows = evaluate(runner, cases, judge, final_recipes())
-    found = Comparison(tuple(rows), tuple(runner.prompts), vars(runner.settings) | {"call": {}}, facts, (check,))
-    data = found.to_dict() | {"against_fewer_steps": against_line(rows), "target": target(rows)}
-    write_text(options.out / "fidelity.json", json.dumps(data, indent=2, allow_nan=False) + "\n", overwrite=True)
-    write_text(options.out / "fidelity.md", page(rows, runner, facts, check), overwrite=True)
-    save_frontier(rows, options.out / "fidelity.png")
-    print(page(rows, runner, facts, check))
+    rows, methods = evaluate(runner, cases, judge, options.method_prompts)
+    write(rows, methods, Page(runner, facts, check), options.out)
+
+
+def write(rows: Sequence[Row], methods: Sequence[Row], conditions: Page, out: Path) -> None:
+    """fidelity.json, fidelity.md, and the two plots."""
+    data = conditions.to_dict() | {"target": target(rows)}
+    for name, found in (("presets", rows), ("methods", methods)):
+        data[name] = {"variants": [row.to_dict() for row in found], "against_fewer_steps": against_line(found)}
+        save_frontier(found, out / f"fidelity-{name}.png")
+    write_text(out / "fidelity.json", json.dumps(data, indent=2, allow_nan=False) + "\n", overwrite=True)
+    text = conditions.render(rows, methods)
+    write_text(out / "fidelity.md", text, overwrite=True)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffaccel.bench import describe_machine
@@ -13,7 +14,7 @@ from diffaccel.recipe import Recipe
 
 PSNR_MARGIN = 0.3  # dB; closer than this to the line counts as on it
 _EXPLANATION = (
-    "Quality of the recipe minus that of the plain pipeline with as many steps as cost the same, linear between "
+    "Against fewer steps: quality of the recipe minus that of the plain pipeline with as many steps as cost the same, linear between "
     f"measured step counts. Within {PSNR_MARGIN} dB a recipe counts as on the line."
 )
 
@@ -64,31 +65,66 @@ def target(rows: Sequence[Row]) -> str:
     )
 
 
-def page(rows: Sequence[Row], runner: Runner, facts: dict[str, Any], check: str) -> str:
-    """Everything as Markdown."""
-    recipes = [f"- {row.name}: `{Recipe.from_dict(row.recipe).describe()}`" for row in rows if row.kind == "recipe"]
-    sections = [
-        "# Fidelity on shapes-sd",
-        _conditions(runner, check),
-        f"{describe_machine(facts)}. Seconds of a machine with other work are rough; FLOPs are exact.",
+@dataclass(frozen=True)
+class Page:
+    """The conditions of a run, and the page that shows its rows."""
+
+    runner: Runner
+    machine: dict[str, Any]
+    check: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form of the conditions."""
+        settings = self.runner.settings
+        facts = {
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "seed": settings.seed,
+            "batch": settings.batch_size,
+        }
+        return {
+            "machine": self.machine,
+            "settings": facts | {"prompts": len(self.runner.prompts)},
+            "notes": [self.check],
+        }
+
+    def render(self, rows: Sequence[Row], methods: Sequence[Row]) -> str:
+        """Everything as Markdown."""
+        count = len(methods[0].images) if methods[0].images is not None else 0
+        alone = [row for row in methods if row.name not in {known.name for known in rows}]
+        sections = [
+            "# Fidelity on shapes-sd",
+            self._conditions(),
+            *_section("Presets", rows, "fidelity-presets.png"),
+            target(rows),
+            *_section(f"Methods alone, on the first {count} prompts", methods, "fidelity-methods.png"),
+            "## The recipes",
+            "\n".join(_recipe_line(row) for row in [*rows, *alone] if row.kind == "recipe"),
+        ]
+        return "\n\n".join(sections) + "\n"
+
+    def _conditions(self) -> str:
+        settings, pipe = self.runner.settings, self.runner.pipe
+        return (
+            f"{len(self.runner.prompts)} held-out prompts (half with one object, half with two), {settings.steps} steps of "
+            f"{type(pipe.scheduler).__name__}, guidance {settings.guidance}, seeds from {settings.seed}. PSNR, SSIM and "
+            f"Frechet distance are against plain. {self.check} {describe_machine(self.machine)}. Seconds of a machine with "
+            "other work are rough; FLOPs are exact."
+        )
+
+
+def _section(title: str, rows: Sequence[Row], picture: str) -> list[str]:
+    return [
+        f"## {title}",
         markdown_table(rows).rstrip(),
-        target(rows),
-        "## Against fewer steps",
         _EXPLANATION,
         _line_table(against_line(rows)).rstrip(),
-        "![frontier](fidelity.png)",
-        "\n".join(recipes),
+        f"![{title}]({picture})",
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def _conditions(runner: Runner, check: str) -> str:
-    settings = runner.settings
-    return (
-        f"{len(runner.prompts)} held-out prompts (half with one object, half with two), {settings.steps} steps of "
-        f"{type(runner.pipe.scheduler).__name__}, guidance {settings.guidance}, seeds from {settings.seed}. "
-        f"PSNR, SSIM and Frechet distance are against plain. {check}"
-    )
+def _recipe_line(row: Row) -> str:
+    return f"- {row.name}: `{Recipe.from_dict(row.recipe).describe()}`"
 
 
 def _line_table(entries: Sequence[dict[str, Any]]) -> str:

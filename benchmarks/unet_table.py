@@ -25,9 +25,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _conditions(result: dict[str, Any], decode: float) -> str:
+    clock = {"wall": "Wall seconds", "cpu": "Processor seconds of this process"}[result["settings"]["clock"]]
     return (
         f"{describe_machine(result['machine'])}, {', '.join(_versions(result))}. Attention: {result['machine']['backend']}. "
-        f"{result['settings']['repeats']} repetitions, alternating; medians, range in brackets. "
+        f"{clock}, {result['settings']['repeats']} repetitions, alternating; medians, range in brackets. "
         f"Decoding takes {decode:.3g} s and is the same for all."
     )
 

@@ -70,6 +70,10 @@ class Measurement:
         """(n, 3, h, w) in [0, 1]."""
         return torch.cat(self.images)
 
+    def first(self, calls: int) -> Measurement:
+        """What the first `calls` calls measured, for a comparison on fewer prompts (of a single repeat)."""
+        return Measurement(self.contestant, self.images[:calls], self.reports[:calls], self.seconds[:calls])
+
 
 class Runner:
     """Runs contestants on batches of prompts; keeps one wrapped pipeline per recipe, so FLOPs are counted once."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import fidelity, fidelity_table, models, peers, search, unet, unet_table
-from benchmarks.recipes import final_recipes
+from benchmarks.recipes import chosen_presets, methods_alone
 from diffaccel import GuidanceInterval, Recipe, SkipCache, StepSchedule
 from diffaccel.bench import Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
 from diffaccel.comparison import Row
@@ -128,7 +128,7 @@ def test_unet_benchmark_end_to_end(model: str, tmp_path: Path, monkeypatch: pyte
     assert rows["empty recipe"]["fewer_flops"] == 1.0
     assert rows["guidance half"]["fewer_flops"] == pytest.approx(4 / 3)
     assert rows["SkipCache(3)"]["fewer_flops"] > 1.2
-    assert rows["a third of the steps"]["seconds_per_step"]["median"] < rows["stock"]["seconds_per_step"]["median"]
+    assert (rows["half the steps"]["steps"], rows["half the steps"]["asked"]) == (1, 2)
     assert [t["promise"] for t in result["targets"]] == ["the empty recipe costs at most 1 %"]
     page = (tmp_path / f"unet-{model}-cpu.md").read_text()
     assert all(f"| {name} |" in page for name in rows)
@@ -242,9 +242,9 @@ def test_the_grids_and_the_published_recipes_are_valid_and_distinct() -> None:
     grids = (search.guidance_grid(), search.skip_grid(), search.token_grid())
     names = [Recipe(methods=methods).describe() for grid in grids for methods in grid]
     assert len(names) == len(set(names)) > 20
-    published = [recipe.name for recipe in final_recipes()]
+    published = [recipe.name for recipe in [*methods_alone(), *chosen_presets()]]
     assert len(published) == len(set(published))
-    assert "off" not in published
+    assert not {"off", "fewer-steps"} & set(published)
     assert {"balanced", "fast"} <= set(published)
 
 
@@ -271,19 +271,27 @@ def test_fidelity_end_to_end(
     tiny_runner: tuple[Runner, list[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = Recipe(name="fast", methods=(GuidanceInterval(stop_fraction=0.5),))
+    cache = Recipe(name="cache", methods=(SkipCache(min_evaluations=1),))
     monkeypatch.setattr(fidelity, "prepare", lambda options: tiny_runner)
-    monkeypatch.setattr(fidelity, "final_recipes", lambda: [fast])
+    monkeypatch.setattr(fidelity, "chosen_presets", lambda: [fast])
+    monkeypatch.setattr(fidelity, "methods_alone", lambda: [cache])
     monkeypatch.setattr(fidelity, "LINE", (2, 4, 50))
-    fidelity.main(["--out", str(tmp_path), "--steps", "6"])
+    monkeypatch.setattr(fidelity, "LONG_LINE", (5,))
+    fidelity.main(["--out", str(tmp_path), "--method-prompts", "2"])
     data = json.loads((tmp_path / "fidelity.json").read_text())
-    assert [v["name"] for v in data["variants"]] == ["plain", "2 steps", "4 steps", "fast"]
-    assert data["variants"][3]["flops"] == pytest.approx(0.75 * data["variants"][0]["flops"])
-    assert data["against_fewer_steps"][0]["name"] == "fast"
+    presets, methods = data["presets"]["variants"], data["methods"]["variants"]
+    assert [v["name"] for v in presets] == ["plain", "2 steps", "4 steps", "fast"]
+    assert [v["name"] for v in methods] == ["plain", "2 steps", "4 steps", "fast", "5 steps", "cache"]
+    assert presets[3]["flops"] == pytest.approx(0.75 * presets[0]["flops"])
+    assert methods[3]["flops"] == presets[3]["flops"]
+    assert [entry["name"] for entry in data["methods"]["against_fewer_steps"]] == ["fast", "cache"]
     assert "bit-identical" in data["notes"][0]
     page = (tmp_path / "fidelity.md").read_text()
     assert "**missed**, 1.33x fewer FLOPs, 100.0 % of plain accuracy" in page
     assert "- fast: `guidance_interval(stop_fraction=0.5)`" in page
-    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
+    assert "Methods alone, on the first 2 prompts" in page
+    assert (tmp_path / "fidelity-presets.png").stat().st_size > 10_000
+    assert (tmp_path / "fidelity-methods.png").stat().st_size > 10_000
 
 
 def test_search_end_to_end(
