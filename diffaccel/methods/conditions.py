@@ -115,4 +115,6 @@ class AdapterProbe:
 def _lora_state(module: nn.Module) -> tuple[Any, ...]:
     own: dict[str, Any] = vars(module)
     merged = tuple(own.get("merged_adapters") or ())
-    return tuple(own["scaling"].items()), str(own.get("_active_adapter")), own.get("_disable_adapters"), merged
+    # peft multiplies and divides by the call's scale in every forward, which may change the last bits
+    scaling = tuple((name, float(f"{value:.6g}")) for name, value in own["scaling"].items())
+    return scaling, str(own.get("_active_adapter")), own.get("_disable_adapters"), merged
