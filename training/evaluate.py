@@ -22,37 +22,71 @@ from torch import Tensor
 
 from diffaccel.miniatures.judge import Judge, Verdict
 from diffaccel.miniatures.scenes import PromptCase, held_out_prompts
+from training import model_card
 from training.common import DEFAULT_OUT, PACKAGE_FOLDER, write_json
 
 FIELDS = ("shape", "colour", "texture", "both", "all_attributes", "relation", "correct")
-SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 STEPS = 25
 BATCH = 32
 SWEEP_SEED, FINAL_SEED = 11, 12
 
 
-def generate(
-    pipe: StableDiffusionPipeline,
-    cases: Sequence[PromptCase],
-    scale: float,
-    steps: int = STEPS,
-    seed: int = 0,
+def load_pipeline(folder: Path, device: str = "cpu") -> StableDiffusionPipeline:
+    """The model in `folder`, computing in float32, without progress bars."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.to(device).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate_batch(
+    pipe: StableDiffusionPipeline, cases: Sequence[PromptCase], scale: float, steps: int, seed: int
 ) -> Tensor:
-    """(n, 3, 128, 128) in [0, 1]; picture i depends on its prompt and on seed * 100000 + i only."""
-    rows = []
-    for start in range(0, len(cases), BATCH):
-        part = cases[start : start + BATCH]
-        generators = [torch.Generator().manual_seed(seed * 100_000 + start + i) for i in range(len(part))]
-        rows.append(
-            pipe(
-                [case.prompt for case in part],
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                generator=generators,
-                output_type="pt",
-            ).images
-        )
-    return torch.cat(rows)
+    """(n, 3, 128, 128) in [0, 1]; picture i depends on its prompt and on seed + i only."""
+    images: Tensor = pipe(
+        [case.prompt for case in cases],
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(cases))],
+        output_type="pt",
+    ).images
+    return images.cpu()
+
+
+class Generator:
+    """Makes pictures of many prompts; on a CPU in several processes of one thread each."""
+
+    def __init__(self, folder: Path, device: str, workers: int) -> None:
+        self.pool = None
+        if device == "cpu" and workers > 1:
+            context = torch.multiprocessing.get_context("spawn")
+            self.pool = context.Pool(workers, _start_worker, (folder,))
+        else:
+            self.pipe = load_pipeline(folder, device)
+
+    def __call__(
+        self, cases: Sequence[PromptCase], scale: float, steps: int = STEPS, seed: int = 0
+    ) -> Tensor:
+        """(n, 3, 128, 128) in [0, 1]; picture i depends on its prompt and on seed * 100000 + i only."""
+        jobs = [
+            (cases[start : start + BATCH], scale, steps, seed * 100_000 + start)
+            for start in range(0, len(cases), BATCH)
+        ]
+        if self.pool:
+            return torch.cat([torch.from_numpy(rows) for rows in self.pool.starmap(_work, jobs, chunksize=1)])
+        return torch.cat([generate_batch(self.pipe, *job) for job in jobs])
+
+
+_WORKER: dict[str, StableDiffusionPipeline] = {}
+
+
+def _start_worker(folder: Path) -> None:
+    torch.set_num_threads(1)
+    _WORKER["pipe"] = load_pipeline(folder)
+
+
+def _work(cases: Sequence[PromptCase], scale: float, steps: int, seed: int) -> Any:
+    return generate_batch(_WORKER["pipe"], cases, scale, steps, seed).numpy()
 
 
 def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> dict[str, float]:
@@ -69,14 +103,14 @@ def summary(verdict: Verdict) -> dict[str, dict[str, float]]:
     return {name: interval(getattr(verdict, name)) for name in FIELDS}
 
 
-def sweep(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> list[dict[str, float]]:
+def sweep(generate: Generator, judge: Judge, count: int) -> list[dict[str, float]]:
     """Share correct of `count` single and `count` pair prompts at each guidance scale, same seeds throughout."""
     singles, pairs = (held_out_prompts(kind, count, SWEEP_SEED) for kind in ("single", "pair"))
     rows = []
     for scale in SCALES:
         row: dict[str, float] = {"guidance": scale}
         for name, cases in (("single", singles), ("pair", pairs)):
-            verdict = judge.score(generate(pipe, cases, scale), cases)
+            verdict = judge.score(generate(cases, scale), cases)
             row[f"{name}_attributes"] = round(verdict.all_attributes.float().mean().item(), 4)
             row[f"{name}_correct"] = round(verdict.accuracy, 4)
         rows.append(row)
@@ -99,7 +133,7 @@ def contact_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
 
 
 def evaluate(
-    pipe: StableDiffusionPipeline,
+    generate: Generator,
     judge: Judge,
     counts: tuple[int, int, int],
     out: Path,
@@ -107,13 +141,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """The whole report; `counts` are prompts for the sweep, single and pair prompts for the figures."""
     begin = time.monotonic()
-    rows = sweep(pipe, judge, counts[0]) if scale is None else []
+    rows = sweep(generate, judge, counts[0]) if scale is None else []
     scale = best_scale(rows) if scale is None else scale
     report: dict[str, Any] = {"recommended_guidance": scale, "steps": STEPS, "sampler": "DDIM", "sweep": rows}
     report["sweep_prompts_per_kind"] = counts[0]
     for kind, count in (("single", counts[1]), ("pair", counts[2])):
         cases = held_out_prompts(kind, count, FINAL_SEED)
-        images = generate(pipe, cases, scale)
+        images = generate(cases, scale)
         report[kind] = {"prompts": count, **summary(judge.score(images, cases))}
         print(kind, json.dumps(report[kind]), flush=True)
         contact_sheet(images[:64], out / f"{kind}.png")
@@ -131,15 +165,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--guidance", type=float, help="skip the sweep and use this scale")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU")
     options = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(
-        options.model, torch_dtype=torch.float32, local_files_only=True
-    )
-    pipe.to(options.device).set_progress_bar_config(disable=True)
+    generate = Generator(options.model, options.device, options.workers)
     judge = Judge.load(options.model / "judge")
     counts = (options.sweep, options.singles, options.pairs)
-    report = evaluate(pipe, judge, counts, options.out, options.guidance)
+    report = evaluate(generate, judge, counts, options.out, options.guidance)
     write_json(options.model / "evaluation.json", report)
+    model_card.write(options.model)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None)
     import torch
     from diffusers import StableDiffusionPipeline
 
-    # Set afterwards: the argument's name differs between the versions of diffusers that we support.
     pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.to(torch.float32 if dtype is None else dtype)
+    # Set afterwards: the argument's name differs between the versions of diffusers that we support.
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
+        if part.dtype != (dtype or torch.float32):
+            part.to(dtype or torch.float32)
     return pipe
 
 
