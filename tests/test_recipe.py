@@ -33,7 +33,7 @@ UNUSUAL = (
         depth=2,
         schedule=(0, 4, 9),
         window=(math.inf, 0.1),
-        order=1,
+        order=2,
         full_first=2,
         full_last=3,
         min_evaluations=4,
@@ -119,7 +119,7 @@ def test_presets_run(kind):
     pipe = tiny_pipeline(kind)
     for name, recipe in diffaccel.presets().items():
         fast = diffaccel.wrap(pipe, name)
-        run(fast, kind, steps=12)
+        run(fast, kind, steps=24)
         assert fast.recipe is recipe or fast.recipe == recipe
         assert fast.report.completed
         assert fast.report.recipe == recipe.to_dict()
