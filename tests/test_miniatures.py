@@ -128,6 +128,11 @@ def test_pipeline_is_plain_stable_diffusion(pipe):
     assert 1 < recommended_guidance() < 10
 
 
+def test_half_precision_is_asked_for_by_dtype():
+    half = load_miniature(dtype=torch.bfloat16)
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+
+
 def test_same_seed_same_picture(pipe):
     first, second = (
         pipe("a red circle", num_inference_steps=2, generator=_generator(1), output_type="pt").images

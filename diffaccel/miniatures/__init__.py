@@ -33,10 +33,10 @@ def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None)
     from diffusers import StableDiffusionPipeline
 
     pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    # Set afterwards: the argument's name differs between the versions of diffusers that we support.
+    # Cast afterwards, because the argument's name differs between the versions of diffusers that we support, and
+    # with torch's own method, because diffusers' warns about modules to be kept in float32 even if there are none.
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
-        if part.dtype != (dtype or torch.float32):
-            part.to(dtype or torch.float32)
+        torch.nn.Module.to(part, dtype or torch.float32)
     return pipe
 
 
