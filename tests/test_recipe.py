@@ -165,7 +165,7 @@ def test_the_order_given_does_not_matter():
         (entry(method="skip_cache", schedule=[0, -1]), "skip_cache.schedule: evaluation indices start at 0"),
         (entry(method="skip_cache", window=[0.1, 5.0]), "skip_cache.window: window is (high, low)"),
         (entry(method="skip_cache", window=[5.0]), "skip_cache.window"),
-        (entry(method="skip_cache", order=2), "skip_cache.order"),
+        (entry(method="skip_cache", order=3), "skip_cache.order"),
         (entry(method="skip_cache", depth=-1), "skip_cache.depth"),
         (entry(method="token_merging", ratio=0.76), "token_merging.ratio: Input should be less than or equal to 0.75"),
         (entry(method="token_merging", ratio=math.nan), "token_merging.ratio"),
