@@ -52,7 +52,10 @@ class Recipe(BaseModel):
     @classmethod
     def _check_methods(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
         check_conflicts(methods)
-        return tuple(sorted(methods, key=lambda method: method.layer))
+        # within a layer by name, last first: guidance_interval outside adaptive_guidance, which must not measure the equal
+        # branches that the interval returns
+        by_name = sorted(methods, key=lambda method: method.name, reverse=True)
+        return tuple(sorted(by_name, key=lambda method: method.layer))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -128,7 +128,7 @@ def test_presets_run(kind):
 
 
 def test_the_order_given_does_not_matter():
-    methods = [StepSchedule(fraction=0.9), GuidanceInterval(low=1.0), SkipCache(), TokenMerging(min_tokens=1)]
+    methods = [StepSchedule(fraction=0.9), GuidanceInterval(low=1.0), AdaptiveGuidance(), SkipCache(), TokenMerging()]
     recipes = {json.dumps(resolve_recipe(list(order)).to_dict()) for order in itertools.permutations(methods)}
     assert len(recipes) == 1
     assert [m["method"] for m in json.loads(recipes.pop())["methods"]] == [m.name for m in methods]
