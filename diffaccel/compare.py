@@ -27,6 +27,7 @@ from diffaccel.contest import (
     Settings,
     fewer_steps,
     measure,
+    spacing_notes,
     verify_plain,
 )
 from diffaccel.quality import (
@@ -89,6 +90,7 @@ def compare(
         for contestant in contestants[1:]:
             runner.run(contestant, runner.batches()[0])  # warms up, and counts FLOPs before any clock runs
         contestants += fewer_steps(runner, contestants, equal)
+        notes += spacing_notes(pipe.scheduler, contestants)
         if reference not in [contestant.name for contestant in contestants]:
             raise CompareError(f"the reference {reference!r} is none of {', '.join(c.name for c in contestants)}.")
         measurements = measure(runner, contestants, repeats, on_progress)

@@ -156,6 +156,22 @@ def fewer_steps(runner: Runner, contestants: Sequence[Contestant], equal: Sequen
     ]
 
 
+def spacing_notes(scheduler: Any, contestants: Sequence[Contestant]) -> list[str]:
+    """A sentence if the scheduler itself handicaps some of the fewer-steps runs.
+
+    DDIM in diffusers jumps by `1000 // steps` timesteps. With "trailing" or "linspace" spacing its list of timesteps uses
+    the exact quotient, so counts that do not divide 1000 leave noise behind: 44 steps came out worse than 27.
+    """
+    total = scheduler.config.get("num_train_timesteps", 1000)
+    odd = [c.name for c in contestants if c.kind == "fewer steps" and total % c.steps]
+    exact = scheduler.config.get("timestep_spacing", "leading") == "leading"
+    if not odd or exact or type(scheduler).__name__ != "DDIMScheduler":
+        return []
+    return [
+        f"{', '.join(odd)}: these counts do not divide {total}, so DDIM rounds its stride down and does a little worse."
+    ]
+
+
 def _steps_name(steps: int) -> str:
     return f"{steps} step{'s' if steps > 1 else ''}"
 

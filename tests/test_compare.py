@@ -17,7 +17,16 @@ from diffaccel.bench import Spread
 from diffaccel.compare import Measurement, compare, demo, score
 from diffaccel.comparison import Comparison, Row, columns, markdown_table
 from diffaccel.contact_sheet import CELL, MARGIN, TEXT_WIDTH, draw_contact_sheet
-from diffaccel.contest import PLAIN, CompareError, Contestant, Runner, Settings, fewer_steps, verify_plain
+from diffaccel.contest import (
+    PLAIN,
+    CompareError,
+    Contestant,
+    Runner,
+    Settings,
+    fewer_steps,
+    spacing_notes,
+    verify_plain,
+)
 from diffaccel.errors import DiffaccelError, Unsupported
 from diffaccel.frontier import accuracy_of, draw_frontier, line_at, psnr_of
 from diffaccel.output import OutputError
@@ -141,6 +150,18 @@ def test_equal_step_counts_are_merged_and_plain_itself_is_no_match() -> None:
         ("2 steps", 2, ("flops of d",)),
         ("6 steps", 6, ("flops of a", "flops of b")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "noted"), [("trailing", 22, True), ("trailing", 25, False), ("leading", 22, False)]
+)
+def test_step_counts_that_ddim_handicaps_are_noted(spacing: str, steps: int, noted: bool) -> None:
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    contestants = [Contestant("plain", "plain", PLAIN, 33), Contestant(f"{steps} steps", "fewer steps", PLAIN, steps)]
+    notes = spacing_notes(DDIMScheduler(timestep_spacing=spacing), contestants)
+    assert [note.startswith("22 steps: these counts do not divide 1000") for note in notes] == [True] * noted
+    assert spacing_notes(EulerDiscreteScheduler(timestep_spacing=spacing), contestants) == []
 
 
 def measurement(name: str, kind: Any, images: torch.Tensor) -> Measurement:
