@@ -53,6 +53,11 @@ ALL = {
         SkipCache(interval=4, depth=3, min_evaluations=1),
         TokenDownsampling(min_tokens=1, reduction="average"),
     ],
+    "adaptive with importance": [
+        AdaptiveGuidance(threshold=0.999),
+        SkipCache(interval=3, order=1, min_evaluations=1),
+        TokenMerging(min_tokens=1, importance=True),
+    ],
 }
 STEPS = 10
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -134,11 +139,8 @@ def one_of(inputs, k):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_an_image_does_not_depend_on_its_batch(cell, name, request):
+def test_an_image_does_not_depend_on_its_batch(cell, name):
     pipe, kind, _ = cell
-    if name == "all with downsampling":
-        reason = "adaptive guidance drops rows when the last image latched, and skip_cache then refreshes all images"
-        request.applymarker(pytest.mark.xfail(reason=reason))
     fast = diffaccel.wrap(pipe, ALL[name])
     batch = run(fast, kind, images=3, steps=STEPS)
     for k in (0, 2):
@@ -164,7 +166,7 @@ def test_sizes_that_do_not_halve_evenly(cell, name):
     fast = diffaccel.wrap(pipe, ALL[name])
     with counted_rows(pipe) as rows:
         got = run(fast, kind, steps=STEPS, size=size)
-    assert tuple(got.shape[-2:]) == size
+    assert size in (got.shape[2:], got.shape[1:3])  # the T2I-Adapter pipeline puts channels last
     truthful(fast, rows)
     acted(fast.report)
     assert torch.equal(got, run(fast, kind, steps=STEPS, size=size))
