@@ -49,14 +49,17 @@ def flow_to_edm(s: float) -> float:
 
 
 def vp_sigma(alphas_cumprod: torch.Tensor, timestep: float) -> float:
-    """EDM sigma of a variance-preserving model at a possibly fractional timestep, linear in t between table entries."""
+    """EDM sigma of a variance-preserving model at a possibly fractional timestep.
+
+    Between table entries log sigma is linear in t: schedulers that visit fractional timesteps (KDPM2) place them so.
+    """
     last = len(alphas_cumprod) - 1
     low = min(max(math.floor(timestep), 0), last)
-    high = min(low + 1, last)
     weight = min(max(timestep - low, 0.0), 1.0)
-    return (1 - weight) * _table_sigma(alphas_cumprod, low) + (
-        weight * _table_sigma(alphas_cumprod, high) if weight else 0.0
-    )
+    below = _table_sigma(alphas_cumprod, low)
+    if weight == 0.0 or low == last:
+        return below
+    return math.pow(below, 1 - weight) * math.pow(_table_sigma(alphas_cumprod, low + 1), weight)
 
 
 def _table_sigma(alphas_cumprod: torch.Tensor, t: int) -> float:

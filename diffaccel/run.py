@@ -202,7 +202,9 @@ class Run:
         clock: the only step counter; methods read it and never count for themselves.
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
-        guided: False while a guidance method drops the unconditional rows of this evaluation.
+        guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
+        latched: (images,) bool, images whose guidance has ended for the rest of the run; None if no method decides that.
+        all_latched: True once all have, from when on the unconditional rows are dropped for good.
         plain_ratio: evaluations of the plain call over evaluations of this one (schedule methods change it).
         evaluations: every executed network call, in order.
         counters: per method name, what it did; printed in the report.
@@ -215,6 +217,8 @@ class Run:
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
     guided: bool = True
+    latched: torch.Tensor | None = None
+    all_latched: bool = False
     plain_ratio: float = 1.0
     evaluations: list[Evaluation] = field(default_factory=list)
     counters: dict[str, dict[str, Any]] = field(default_factory=dict)

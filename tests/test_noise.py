@@ -120,7 +120,8 @@ def test_sigma_of_every_evaluation(fast, name):
     assert report.completed
     assert len(sigmas) == len(scaled) == len(noised)
     if name.startswith("kdpm2"):  # its add_noise knows whole steps only
-        assert sigmas == pytest.approx(scaled, rel=3e-3)  # the table is read linearly between entries
+        # with Karras spacing it rounds its timesteps
+        assert sigmas == pytest.approx(scaled, rel=3e-3 if "karras" in name else 1e-4)
     else:
         assert sigmas == pytest.approx(noised, rel=1e-4)
     if FAMILIES[name][0].startswith(("Euler", "Heun", "LMS", "EDM")):
@@ -202,10 +203,10 @@ def test_published_values_of_the_stable_diffusion_table():
     assert flow_to_edm(0.0) == 0.0
 
 
-def test_fractional_timesteps_are_interpolated_linearly():
+def test_between_entries_log_sigma_is_linear():
     abar = torch.tensor([0.8, 0.5, 0.1, 0.0])
     table = [0.5, 1.0, 3.0, math.inf]
-    for t, want in ((0, 0.5), (0.5, 0.75), (1, 1.0), (1.25, 1.5), (2, 3.0), (2.5, math.inf), (3, math.inf)):
+    for t, want in ((0, 0.5), (0.5, 0.5**0.5), (1, 1.0), (1.25, 3.0**0.25), (2, 3.0), (2.5, math.inf), (3, math.inf)):
         assert vp_sigma(abar, t) == pytest.approx(want)
     assert vp_sigma(abar, -1.0) == pytest.approx(table[0])
     assert vp_sigma(abar[:3], 9.5) == pytest.approx(table[2])

@@ -329,3 +329,17 @@ def test_stored_tensors_are_one_per_lane():
 def test_scheduler_config_is_not_needed_for_depth_defaults():
     assert SkipCache().depth_for(diffaccel.model_map.describe(tiny_pipeline("sd"))) == 0
     assert SkipCache().depth_for(diffaccel.model_map.describe(tiny_pipeline("sdxl"))) == 2
+
+
+def test_features_survive_the_end_of_adaptive_guidance():
+    """When the last image latches, the conditional rows of F stay in use: no full evaluation out of turn."""
+    recipe = [SkipCache(interval=4), diffaccel.AdaptiveGuidance(threshold=0.999)]
+    fast = diffaccel.wrap(tiny_pipeline("sd"), recipe)
+    run(fast, "sd", steps=20)
+    rows = [e.rows for e in fast.report.trace]
+    full = [i for i, e in enumerate(fast.report.trace) if not e.tags]
+    assert full == [0, 4, 8, 12, 16, 19]
+    drop = rows.index(1)
+    assert drop not in full
+    assert set(rows[drop:]) == {1}
+    assert not any("forced" in name for name in fast.report.methods["skip_cache"])

@@ -61,7 +61,7 @@ class _Latch:
             self._step = self.run.clock.step
             self.latched = self.pending
             self.all_latched = self.latched is not None and bool(self.latched.all())
-        self.run.guided = self.run.guided and not self.all_latched
+        self.run.latched, self.run.all_latched = self.latched, self.all_latched
 
     def measure(self, call: Call, proceed: Proceed) -> Any:
         output = proceed(call)

@@ -81,6 +81,14 @@ class Bypass:
         finally:
             self.lane, self.cached = None, False
 
+    def keep_rows(self, lane: Hashable, start: int, stop: int) -> None:
+        """Cut what is stored for a lane to some of its batch rows."""
+        if lane in self.features:
+            stored = self.features[lane].stored
+            self.features[lane].stored = [(value[start:stop], position) for value, position in stored]
+        for key in [key for key in self.blanks if key[0] == lane]:
+            self.blanks[key] = _zeros_like(_cut(self.blanks[key], start, stop))
+
     def blank(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Output of a bypassed module that nothing reads."""
         key = (self.lane, id(module))
@@ -146,6 +154,12 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (value.shape, value.dtype, value.device)
     return tuple(_shapes(item) for item in value)
+
+
+def _cut(value: Any, start: int, stop: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[start:stop]
+    return tuple(_cut(item, start, stop) for item in value)
 
 
 def _zeros_like(value: Any) -> Any:

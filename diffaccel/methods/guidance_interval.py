@@ -84,10 +84,11 @@ def attach_dropping(run: Run, name: str, drops: Any) -> None:
 
     def around_denoiser(call: Call, proceed: Proceed) -> Any:
         if not is_doubled(call, run, name):
-            if run.guided:  # else another guidance method has dropped the rows already
+            if run.guided and not run.all_latched:  # else another guidance method has dropped the rows already
                 run.note(f"{name}: this call runs without classifier-free guidance, there is nothing to drop.")
             return proceed(call)
-        run.count(name, guided=int(not drops()), unguided=int(drops()))
+        guided = run.guided and not run.all_latched  # what runs in the end, whichever method decides it
+        run.count(name, guided=int(guided), unguided=int(not guided))
         if not drops():
             return proceed(call)
         output = proceed(call.only("cond"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -40,7 +41,8 @@ class SkipCache(Method):
         full_first, full_last: evaluations at the start and end of the run that are always full.
         min_evaluations: shorter runs are not cached (few-step models lose their picture); a warning and the report say so.
     An evaluation is one denoiser call of the schedule: two-stage solvers have two per step. A full one is forced when
-    guidance rows, prompt embeddings, ControlNet inputs, adapters, LoRA scales, FreeU or the picture size change.
+    guidance rows, prompt embeddings, ControlNet inputs, adapters, LoRA scales, FreeU or the picture size change; when
+    adaptive guidance ends for good, the conditional rows of F stay in use instead.
     """
 
     name: ClassVar[str] = "skip_cache"
@@ -112,13 +114,30 @@ def full_evaluations(total: int, interval: int, schedule: str | tuple[int, ...])
     return frozenset(early if schedule == "early" else [0] + [total - 1 - index for index in early])
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Conditions of a lane's last full evaluation, and of its conditional rows alone if there are others."""
+
+    conditions: Conditions
+    conditional: Conditions | None = None
+    conditional_rows: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, call: Call) -> _Seen:
+        if len(call.branches) < 2 or "cond" not in call.branches:
+            return cls(Conditions.of(call))
+        size = call.rows // len(call.branches)
+        start = call.branches.index("cond") * size
+        return cls(Conditions.of(call), Conditions.of(call.only("cond")), (start, start + size))
+
+
 class _Cache:
     """What one run stores, and the decision for the current evaluation."""
 
     def __init__(self, config: SkipCache, depth: int, model: ModelMap, run: Run) -> None:
         self.config, self.depth, self.model, self.run = config, depth, model, run
         self.bypass = Bypass(config.order)
-        self.conditions: dict[Any, Conditions] = {}
+        self.seen: dict[Any, _Seen] = {}
         self.probe = AdapterProbe(model.denoiser)
         self.adapters: Any = None
         self.guided = True
@@ -162,6 +181,7 @@ class _Cache:
 
     def around_denoiser(self, call: Call, proceed: Proceed) -> Any:
         """Run the UNet whole or bypassed."""
+        self._follow_latch(call)
         changed = self._changed(call) or not self.bypass.holds(call.lane)
         if changed and self.cached:
             self._force_full()
@@ -173,6 +193,7 @@ class _Cache:
 
     def around_controlnet(self, call: Call, proceed: Proceed) -> Any:
         """Stop a ControlNet after the residuals that a cached UNet evaluation still uses."""
+        self._follow_latch(call)
         if self._changed(call) and self.cached:
             self._force_full()
         self._remember(call)
@@ -190,9 +211,19 @@ class _Cache:
         self.cached, self.age = False, 0
         self.run.count(SkipCache.name, **{"forced by inputs": 1})
 
+    def _follow_latch(self, call: Call) -> None:
+        """Adaptive guidance dropped the unconditional rows for good: keep the conditional rows of what is stored.
+
+        A full evaluation here would come at another time next to slower batch mates, and change the picture with them.
+        """
+        seen = self.seen.get(call.lane)
+        if self.run.all_latched and call.branches == ("cond",) and seen is not None and seen.conditional is not None:
+            self.bypass.keep_rows(call.lane, *seen.conditional_rows)
+            self.seen[call.lane] = _Seen(seen.conditional)
+
     def _changed(self, call: Call) -> bool:
-        return call.lane not in self.conditions or not self.conditions[call.lane].same(call)
+        return call.lane not in self.seen or not self.seen[call.lane].conditions.same(call)
 
     def _remember(self, call: Call) -> None:
         if not self.cached:
-            self.conditions[call.lane] = Conditions.of(call)
+            self.seen[call.lane] = _Seen.of(call)

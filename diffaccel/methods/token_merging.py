@@ -76,7 +76,7 @@ class TokenMerging(Method):
         def around(call: Call, proceed: Proceed) -> Any:
             output = sites.around(call, proceed, enabled=self.start_fraction <= run.clock.fraction < self.stop_fraction)
             if self.importance and len(call.branches) == 2:
-                state.importance = guidance_importance(prediction(output))
+                state.update(guidance_importance(prediction(output)))
             return output
 
         run.around("denoiser", Layer.TOKENS, around)
@@ -89,6 +89,13 @@ class _State:
     config: TokenMerging
     run: Run
     importance: torch.Tensor | None = None  # (images, h, w) of the latents
+
+    def update(self, importance: torch.Tensor) -> None:
+        """Take a new map; images without guidance keep their old one, whatever their batch mates do."""
+        latched = self.run.latched
+        if latched is not None and self.importance is not None and self.importance.shape == importance.shape:
+            importance = torch.where(latched[:, None, None], self.importance, importance)
+        self.importance = importance
 
     def generator(self) -> torch.Generator:
         """One generator per evaluation: repeated calls and other batch sizes draw the same positions."""
