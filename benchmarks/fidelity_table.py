@@ -44,12 +44,19 @@ def verdict(rows: Sequence[Row], row: Row) -> str:
     """One word for PSNR at equal FLOPs; accuracy counts only where it leaves its own confidence interval."""
     psnr, accuracy = _above(rows, row, psnr_of, "flops"), _above(rows, row, accuracy_of, "flops")
     if psnr is None:
-        return "outside the line"
+        return "loses: fewer steps are cheaper and closer" if dominated(rows, row) else "outside the line"
     word = "wins" if psnr > PSNR_MARGIN else "loses" if psnr < -PSNR_MARGIN else "on the line"
     if row.accuracy is None or accuracy is None:
         return word
     noise = 100 * (row.accuracy.high - row.accuracy.low) / 2
     return word if abs(accuracy) <= noise else f"{word}; accuracy {'wins' if accuracy > 0 else 'loses'}"
+
+
+def dominated(rows: Sequence[Row], row: Row) -> bool:
+    """Whether some run with fewer steps costs no more and is closer to plain."""
+    own = psnr_of(row)
+    line = [other for other in rows if other.kind == "fewer steps" and other.flops <= row.flops]
+    return own is not None and any((psnr_of(other) or 0.0) > own + PSNR_MARGIN for other in line)
 
 
 def target(rows: Sequence[Row]) -> str:

@@ -52,7 +52,9 @@ def skip_grid() -> list[Methods]:
     """Interval, depth, order of prediction, spacing and noise window of the skip cache."""
     plain = [SkipCache(interval=n, depth=0, order=o) for n in (3, 5) for o in (0, 1, 2)]
     deep = [SkipCache(interval=3, depth=d, order=1) for d in (1, 2)]
-    spaced = [SkipCache(interval=n, order=1, schedule="early") for n in (2, 3)] + [SkipCache(interval=3, order=1, schedule="late")]
+    spaced = [SkipCache(interval=n, order=1, schedule="early") for n in (2, 3)] + [
+        SkipCache(interval=3, order=1, schedule="late")
+    ]
     windows = [SkipCache(interval=n, order=1, window=(high, 0.0)) for n in (2, 4) for high in (8.0, 2.0)]
     return [(m,) for m in [*plain, *deep, *spaced, *windows]]
 

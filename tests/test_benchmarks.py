@@ -201,6 +201,7 @@ def rows_with(*recipes: Row) -> list[Row]:
         (row("d", "recipe", 30, 26, 0.6), "wins; accuracy loses"),
         (row("e", "recipe", 30, 24, 0.85), "loses; accuracy wins"),
         (row("f", "recipe", 70, 40, 0.9), "outside the line"),
+        (row("g", "recipe", 70, 29, 0.9), "loses: fewer steps are cheaper and closer"),
     ],
 )
 def test_verdict_against_the_line(recipe: Row, word: str) -> None:
@@ -284,6 +285,7 @@ def test_fidelity_end_to_end(
     assert [v["name"] for v in methods] == ["plain", "2 steps", "4 steps", "fast", "5 steps", "cache"]
     assert presets[3]["flops"] == pytest.approx(0.75 * presets[0]["flops"])
     assert methods[3]["flops"] == presets[3]["flops"]
+    assert methods[5]["seconds"] is None  # no plain run beside it
     assert [entry["name"] for entry in data["methods"]["against_fewer_steps"]] == ["fast", "cache"]
     assert "bit-identical" in data["notes"][0]
     page = (tmp_path / "fidelity.md").read_text()
