@@ -90,12 +90,17 @@ def _work(cases: Sequence[PromptCase], scale: float, steps: int, seed: int) -> A
 
 
 def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> dict[str, float]:
-    """Mean of (n,) booleans with a 95 % bootstrap interval, as shares."""
+    """Mean of (n,) booleans with a 95 % bootstrap interval, as shares.
+
+    Where all agree a bootstrap sees no doubt; there the far end is the exact (Clopper-Pearson) one.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = values.float()
     picks = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = values[picks].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    doubt = 1 - 0.025 ** (1 / len(values))
+    low, high = (1 - doubt if low == 1 else low), (doubt if high == 0 else high)
     return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
 
 

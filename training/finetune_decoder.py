@@ -43,7 +43,7 @@ def decoder_parts(vae: AutoencoderKL) -> nn.ModuleList:
 
 def crop_pairs(vae: AutoencoderKL, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Latent crops (n, 4, 8, 8) and the pictures (n, 3, 64, 64) in [-1, 1] they stand for, two from each scene."""
-    pictures = render([training_scene(rng) for _ in range(BATCH // 2)], generator)
+    pictures = render([training_scene(rng) for _ in range(BATCH // 2)], generator).to(vae.device)
     latents = encode(vae, pictures)
     cells, pixels = [], []
     for row in [row for row in range(len(pictures)) for _ in range(2)]:
@@ -53,17 +53,17 @@ def crop_pairs(vae: AutoencoderKL, rng: random.Random, generator: torch.Generato
     return torch.stack(cells), torch.stack(pixels) * 2 - 1
 
 
-def train(out: Path, minutes: float, seed: int = 6) -> None:
+def train(out: Path, minutes: float, device: str = "cpu", seed: int = 6) -> None:
     """Train or continue; the averaged decoder is kept in `out/decoder.pt`."""
     torch.manual_seed(seed)
-    vae, path = load_autoencoder(out), out / "decoder.pt"
+    vae, path = load_autoencoder(out).to(device), out / "decoder.pt"
     parts = decoder_parts(vae)
     optimizer = torch.optim.AdamW(parts.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
     average, step, spent, saved = Average(parts, 0.998), 0, 0.0, load_checkpoint(path)
     if saved:
         parts.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.count = saved["average"], saved["step"]
+        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
         step, spent = saved["step"], saved["seconds"]
     clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
 
@@ -74,8 +74,8 @@ def train(out: Path, minutes: float, seed: int = 6) -> None:
     while clock.progress < 1:
         set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
         latents, target = crop_pairs(vae, rng, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             output = vae.decode(latents + LATENT_NOISE * latents.std() * noise).sample
         loss = reconstruction_loss(output.float(), target)
         optimizer.zero_grad()
@@ -105,8 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    train(options.out, options.minutes)
+    train(options.out, options.minutes, options.device)
 
 
 if __name__ == "__main__":

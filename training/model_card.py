@@ -39,8 +39,8 @@ def figures(report: dict[str, Any], judged: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {text} | {percent(single[name])} | {percent(pair[name])} |" for name, text in ROWS.items()),
         "",
-        f"The judge on {judged['pictures']} newly drawn scenes: all attributes {100 * judged['all_attributes']:.1f} %, ",
-        f"arrangement {100 * judged['relation']:.1f} %, sound pictures accepted {100 * judged['sound_accepted']:.1f} %. ",
+        f"The judge on {judged['pictures']} newly drawn scenes: all attributes {100 * judged['all_attributes']:.1f} %,",
+        f"arrangement {100 * judged['relation']:.1f} %, sound pictures accepted {100 * judged['sound_accepted']:.1f} %.",
         "Damaged pictures it rejects: "
         + ", ".join(f"{n[:-9]} {100 * v:.0f} %" for n, v in judged.items() if n.endswith("_rejected"))
         + ".",

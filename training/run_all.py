@@ -1,6 +1,6 @@
 """Train every part, assemble and measure: the whole model from nothing.
 
-python -m training.run_all --out training/out --minutes 120
+python -m training.run_all --out training/out --minutes 150
 
 Run the same line again after an interruption: finished parts are kept, the others continue.
 """
@@ -15,8 +15,14 @@ from pathlib import Path
 from training.common import DEFAULT_OUT, PACKAGE_FOLDER
 
 # Share of the minutes each part gets; drawing latents and measuring come on top.
-SHARES = {"train_autoencoder": 0.18, "train_text": 0.04, "train_judge": 0.06, "train_unet": 0.72}
-ORDER = ("train_autoencoder", "train_text", "train_judge", "make_latents", "train_unet")
+SHARES = {
+    "train_autoencoder": 0.13,
+    "train_text": 0.09,
+    "finetune_decoder": 0.08,
+    "train_judge": 0.16,
+    "train_unet": 0.54,
+}
+ORDER = ("train_autoencoder", "finetune_decoder", "train_text", "train_judge", "make_latents", "train_unet")
 
 
 def part_command(part: str, out: Path, minutes: float, device: str, count: int) -> list[str]:
@@ -43,7 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--minutes", type=float, default=150)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--count", type=int, default=24000, help="scenes whose latents are kept")
     parser.add_argument("--to", type=Path, default=PACKAGE_FOLDER)

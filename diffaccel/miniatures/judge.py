@@ -191,11 +191,7 @@ def _batches(images: Images) -> list[Tensor]:
 def as_tensor(images: Images) -> Tensor:
     """(n, 3, 128, 128) floats in [0, 1]; other sizes are resampled. Raises ValueError for other shapes."""
     if not isinstance(images, Tensor):
-        images = (
-            torch.stack([_pixels(image) for image in images])
-            if len(images)
-            else torch.zeros(0, 3, SIDE, SIDE)
-        )
+        images = torch.stack([_pixels(image) for image in images]) if len(images) else torch.zeros(0, 3, SIDE, SIDE)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected pictures of shape (n, 3, h, w), got {tuple(images.shape)}")
     pictures = images.detach().float().cpu()

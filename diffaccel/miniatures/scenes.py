@@ -171,15 +171,11 @@ def caption(scene: Scene, rng: random.Random, stated: Statement | None = None) -
     ]
     if scene.relation is None:
         article, phrase = _article(phrases[0]), phrases[0]
-        text = rng.choice(
-            (f"{article} {phrase}", f"one {phrase}", f"a picture of {article} {phrase}", phrase)
-        )
+        text = rng.choice((f"{article} {phrase}", f"one {phrase}", f"a picture of {article} {phrase}", phrase))
     else:
         text = _pair_text(phrases, scene.relation, rng)
     if stated.background:
-        text += (
-            f" on {_article(scene.background)} {rng.choice(BACKGROUND_WORDS[scene.background])} background"
-        )
+        text += f" on {_article(scene.background)} {rng.choice(BACKGROUND_WORDS[scene.background])} background"
     return text
 
 
