@@ -135,8 +135,7 @@ def test_half_precision_is_asked_for_by_dtype():
 
 def test_same_seed_same_picture(pipe):
     first, second = (
-        pipe("a red circle", num_inference_steps=2, generator=_generator(1), output_type="pt").images
-        for _ in range(2)
+        pipe("a red circle", num_inference_steps=2, generator=_generator(1), output_type="pt").images for _ in range(2)
     )
     assert first.shape == (1, 3, 128, 128)
     assert torch.equal(first, second)

@@ -64,9 +64,7 @@ class Generator:
         else:
             self.pipe = load_pipeline(folder, device)
 
-    def __call__(
-        self, cases: Sequence[PromptCase], scale: float, steps: int = STEPS, seed: int = 0
-    ) -> Tensor:
+    def __call__(self, cases: Sequence[PromptCase], scale: float, steps: int = STEPS, seed: int = 0) -> Tensor:
         """(n, 3, 128, 128) in [0, 1]; picture i depends on its prompt and on seed * 100000 + i only."""
         jobs = [
             (cases[start : start + BATCH], scale, steps, seed * 100_000 + start)

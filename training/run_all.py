@@ -37,17 +37,13 @@ def run_all(out: Path, minutes: float, device: str, count: int, to: Path) -> Non
     """Run the parts in order, each in its own process; stops at the first that fails."""
     for part in ORDER:
         subprocess.run(part_command(part, out, minutes, device, count), check=True)
-    subprocess.run(
-        [sys.executable, "-m", "training.assemble", "--out", str(out), "--to", str(to)], check=True
-    )
+    subprocess.run([sys.executable, "-m", "training.assemble", "--out", str(out), "--to", str(to)], check=True)
     command = [sys.executable, "-m", "training.evaluate", "--model", str(to), "--device", device]
     subprocess.run([*command, "--out", str(out / "evaluation")], check=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--minutes", type=float, default=150)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

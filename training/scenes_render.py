@@ -131,9 +131,7 @@ def _layout(scenes: Sequence[Scene], generator: torch.Generator) -> _Batch:
         [
             (JITTER_SINGLE, JITTER_SINGLE)
             if place == "centre"
-            else (
-                (JITTER_ALONG, JITTER_ACROSS) if place in ("left", "right") else (JITTER_ACROSS, JITTER_ALONG)
-            )
+            else ((JITTER_ALONG, JITTER_ACROSS) if place in ("left", "right") else (JITTER_ACROSS, JITTER_ALONG))
             for _, _, place, _ in rows
         ]
     )

@@ -122,9 +122,7 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 1) -> Auto
         step += 1
         if step % 50 == 0:
             decibel = 10 * torch.log10(torch.tensor(4 / error)).item()
-            print(
-                f"autoencoder {step} {clock.seconds:.0f} s loss {loss:.4f} psnr {decibel:.1f} dB", flush=True
-            )
+            print(f"autoencoder {step} {clock.seconds:.0f} s loss {loss:.4f} psnr {decibel:.1f} dB", flush=True)
         if step % 250 == 0:
             save()
     save()

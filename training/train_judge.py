@@ -128,9 +128,7 @@ def soften(picture: Tensor, rng: random.Random) -> Tensor:
     return (picture * rng.uniform(0.93, 1.07) + rng.uniform(-0.02, 0.02)).clamp(0, 1)
 
 
-def batch(
-    rng: random.Random, generator: torch.Generator, count: int = BATCH
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch(rng: random.Random, generator: torch.Generator, count: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (n, 3, 128, 128), classes (n, 10) and whether each is sound (n,); a third are damaged."""
     scenes = [random_scene(rng) for _ in range(count)]
     pictures = render(scenes, generator)
@@ -165,9 +163,7 @@ class Pool:
             rows.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
         return cls(torch.cat(rows), torch.tensor([class_rows(scene) for scene in scenes]))
 
-    def replace(
-        self, batch: tuple[Tensor, Tensor, Tensor], rng: random.Random
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def replace(self, batch: tuple[Tensor, Tensor, Tensor], rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
         """`batch` with an eighth of its pictures taken from the pool."""
         pictures, classes, sound = batch
         for row in range(0, len(pictures) if len(self.pictures) else 0, 8):
@@ -212,9 +208,7 @@ def evaluate(network: JudgeNetwork, count: int = 1000, seed: int = 99) -> dict[s
     return {**{name: round(value, 4) for name, value in found.items()}, "pictures": count}
 
 
-def save_judge(
-    network: JudgeNetwork, folder: Path, report: dict[str, float], channels: Sequence[int]
-) -> None:
+def save_judge(network: JudgeNetwork, folder: Path, report: dict[str, float], channels: Sequence[int]) -> None:
     """judge.safetensors (half precision) and judge.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(

@@ -59,9 +59,7 @@ def vocabulary_words() -> list[str]:
         vocabulary.RELATION_WORDS,
         vocabulary.BACKGROUND_WORDS,
     )
-    words = {
-        word for table in tables for phrases in table.values() for text in phrases for word in text.split()
-    }
+    words = {word for table in tables for phrases in table.values() for text in phrases for word in text.split()}
     return sorted(words | set("a an one picture of on background".split()))
 
 
@@ -169,9 +167,7 @@ def targets(scene: Scene | None, stated: Statement | None) -> list[int]:
     by_place = dict(zip(vocabulary.canonical_slots(scene), mentioned, strict=True))
     rows = [by_place.get(place, empty) for place in PLACES]
     rows += mentioned + [empty] * (2 - len(mentioned))
-    background = (
-        vocabulary.BACKGROUNDS.index(scene.background) if stated.background else len(vocabulary.BACKGROUNDS)
-    )
+    background = vocabulary.BACKGROUNDS.index(scene.background) if stated.background else len(vocabulary.BACKGROUNDS)
     return [value for row in rows for value in row] + [background]
 
 
@@ -204,9 +200,7 @@ def known_mask(ids: Tensor, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor, T
     return seen >= 1, seen >= 2, ended
 
 
-def heads_loss(
-    hidden: Tensor, ids: Tensor, rows: Tensor, heads: AttributeHeads, tokenizer: CLIPTokenizer
-) -> Tensor:
+def heads_loss(hidden: Tensor, ids: Tensor, rows: Tensor, heads: AttributeHeads, tokenizer: CLIPTokenizer) -> Tensor:
     """Mean cross entropy of every read-out over the positions where it can be known."""
     first, second, ended = known_mask(ids, tokenizer)
     outputs = [*_split(heads.places(hidden), len(PLACES)), *_split(heads.mentions(hidden), 2)]

@@ -97,14 +97,10 @@ def word_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
 class Captions:
     """Token ids of several phrasings per scene, drawn once: a batch then costs one lookup."""
 
-    def __init__(
-        self, scenes: Sequence[Scene], tokenizer: CLIPTokenizer, phrasings: int, rng: random.Random
-    ) -> None:
+    def __init__(self, scenes: Sequence[Scene], tokenizer: CLIPTokenizer, phrasings: int, rng: random.Random) -> None:
         self.phrasings = phrasings
         texts = [caption(scene, rng) for scene in scenes for _ in range(phrasings)]
-        rows = [
-            tokenize(tokenizer, texts[start : start + 4096]).short() for start in range(0, len(texts), 4096)
-        ]
+        rows = [tokenize(tokenizer, texts[start : start + 4096]).short() for start in range(0, len(texts), 4096)]
         self.ids = torch.cat(rows).view(len(scenes), phrasings, LENGTH)
         self.empty = tokenize(tokenizer, [""])[0]
 
@@ -286,9 +282,7 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 4, workers
     weights, saved = Weights(device), load_checkpoint(out / "unet.pt")
     if saved:
         weights.restore(saved)
-    run = Run(
-        out, minutes, saved["seconds"] if saved else 0.0, device, seed, saved["scale"] if saved else None
-    )
+    run = Run(out, minutes, saved["seconds"] if saved else 0.0, device, seed, saved["scale"] if saved else None)
     context = torch.multiprocessing.get_context("spawn")
     lock = context.Lock()
     if device != "cpu" or workers == 1:
