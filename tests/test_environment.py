@@ -366,7 +366,11 @@ def test_sequential_offload(name):
     pipe = tiny_pipeline("sd")
     recipe = METHODS.get(name) or TOGETHER
     want, stock = run(diffaccel.wrap(pipe, recipe), "sd"), run(pipe, "sd")
-    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    for model in (
+        pipe.unet,
+        pipe.vae,
+    ):  # all of them, as enable_sequential_cpu_offload does: diffusers asks any for the device
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     fast = diffaccel.wrap(pipe, recipe)
     before = {name: vars(m).get("forward") for name, m in pipe.unet.named_modules()}
     for _ in range(3):
