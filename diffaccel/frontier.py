@@ -107,6 +107,10 @@ def _draw_panel(axes: Any, rows: Sequence[Row], over: Over, value: Quality) -> N
             continue
         if row.kind == "recipe":
             axes.plot([x], [y], "D", color="tab:red", markersize=5)
+        if (
+            value is accuracy_of and row.accuracy is not None
+        ):  # without its interval a tenth of a point looks like a cliff
+            axes.plot([x, x], [100 * row.accuracy.low, 100 * row.accuracy.high], color="0.7", linewidth=1, zorder=0)
         label = row.name if row.kind == "recipe" else str(row.steps)
         axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.plot([], [], "D", color="tab:red", label="recipes")
