@@ -226,7 +226,7 @@ def test_pairs(pair, kind):
 
 def parts(cls, unet=None, **more):
     common = {"vae": tiny_vae(), "text_encoder": None, "tokenizer": None, "unet": unet or tiny_unet()}
-    common |= {"scheduler": EulerDiscreteScheduler(), "safety_checker": None, "feature_extractor": None}
+    common |= {"scheduler": EulerDiscreteScheduler(steps_offset=1), "safety_checker": None, "feature_extractor": None}
     return cls(**common, requires_safety_checker=False, **more)
 
 
