@@ -199,7 +199,7 @@ def demo(
     out: Path,
     *,
     recipes: Sequence[Any] = ("balanced",),
-    prompts: int = 24,
+    prompts: int = 8,
     steps: int = 50,
     seed: int = 0,
     on_progress: Progress = lambda done, total, name: None,
