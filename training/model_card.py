@@ -49,8 +49,10 @@ def figures(report: dict[str, Any], judged: dict[str, Any]) -> str:
 
 
 def write(folder: Path) -> None:
-    """Replace the block between the markers; raises ValueError if the card has none."""
+    """Replace the block between the markers of the folder's card, if it has a card."""
     card = folder / "README.md"
+    if not card.exists():
+        return
     text = card.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
