@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +21,9 @@ class Method(BaseModel):
     layer: ClassVar[Layer]
 
     @property
+    @abstractmethod
     def is_off(self) -> bool:
         """True if these settings make the method bit-identical to no method."""
-        raise NotImplementedError
 
     def check(self, model: ModelMap) -> None:
         """Raise `Unsupported` with the reason if this method cannot work on this model."""
@@ -31,9 +32,9 @@ class Method(BaseModel):
         """Change the pipeline's call arguments (only schedule methods do)."""
         return arguments
 
+    @abstractmethod
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         """Install the method for one run. Everything changed must go through `seams`."""
-        raise NotImplementedError
 
 
 _REGISTRY: dict[str, type[Method]] = {}

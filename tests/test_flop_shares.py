@@ -10,28 +10,15 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.models import SD15_UNET, SDXL_UNET
 from diffaccel.flops import count_flops
 from diffaccel.methods.bypass import Bypass, bypass_unet
 from diffaccel.models.unet import describe_unet
 from diffaccel.seams import Seams
 
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-}
 SHARES = {
-    "sd15": (SD15, 64, 401.6, [7.9, 22.4, 38.0, 47.0, 56.4, 67.3, 76.0, 84.8, 94.1]),
-    "sdxl": (SDXL, 128, 3380.6, [1.5, 3.8, 6.6, 12.9, 21.4, 30.6, 43.7, 65.9, 88.2]),
+    "sd15": (SD15_UNET, 64, 401.6, [7.9, 22.4, 38.0, 47.0, 56.4, 67.3, 76.0, 84.8, 94.1]),
+    "sdxl": (SDXL_UNET, 128, 3380.6, [1.5, 3.8, 6.6, 12.9, 21.4, 30.6, 43.7, 65.9, 88.2]),
 }
 
 

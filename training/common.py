@@ -1,13 +1,14 @@
-"""What every training script shares: the wall clock, the averaged weights, atomic checkpoints, scene batches."""
+"""What every training script shares: wall clock, averaged weights, atomic checkpoints, the loop itself, its command line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,67 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint written here before, or None; weights_only, so nothing in it is executed."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+class Trainee:
+    """A module in training, with its optimizer, average and progress, all kept in one file and continued from it.
+
+    Iterating yields the step number until the minutes are used up (the learning rate is set by then); each step ends
+    with `learn(loss)`.
+    """
+
+    def __init__(
+        self, module: nn.Module, path: Path, minutes: float, *, rate: float, decay: float, weight_decay: float
+    ) -> None:
+        self.module, self.path, self.rate, self.step, spent = module, path, rate, 0, 0.0
+        self.optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.average = Average(module, decay)
+        saved = load_checkpoint(path)
+        if saved:
+            module.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            device = next(module.parameters()).device
+            self.average.values, self.average.count = [value.to(device) for value in saved["average"]], saved["step"]
+            self.step, spent = saved["step"], saved["seconds"]
+        self.clock = Clock(minutes, spent)
+
+    def __iter__(self) -> Iterator[int]:
+        while self.clock.progress < 1:
+            set_rate(self.optimizer, learning_rate(self.rate, self.clock.progress, self.step))
+            yield self.step
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update(self.module)
+        self.step += 1
+
+    def save(self) -> None:
+        state = {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+            "step": self.step,
+            "seconds": self.clock.seconds,
+        }
+        save_atomically(state, self.path)
+
+    def finish(self) -> None:
+        """Save, then leave the averaged weights in the module."""
+        self.save()
+        self.average.copy_to(self.module)
+
+
+def run_script(description: str | None, minutes: float, train: Callable[[Path, float, str], object]) -> None:
+    """The command line of a training script: where to, how long, on what."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    train(options.out, options.minutes, options.device)
 
 
 def write_json(path: Path, value: Any) -> None:

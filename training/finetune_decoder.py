@@ -7,7 +7,6 @@ The result is kept beside `out/autoencoder.pt` and used by `training.assemble` w
 
 from __future__ import annotations
 
-import argparse
 import random
 from pathlib import Path
 
@@ -16,16 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffaccel.miniatures.scenes import training_scene
-from training.common import (
-    DEFAULT_OUT,
-    Average,
-    Clock,
-    learning_rate,
-    load_checkpoint,
-    save_atomically,
-    seeded,
-    set_rate,
-)
+from training.common import Trainee, load_checkpoint, run_script, seeded
 from training.make_latents import encode, load_autoencoder
 from training.scenes_render import render
 from training.train_autoencoder import reconstruction_loss
@@ -56,41 +46,24 @@ def crop_pairs(vae: AutoencoderKL, rng: random.Random, generator: torch.Generato
 def train(out: Path, minutes: float, device: str = "cpu", seed: int = 6) -> None:
     """Train or continue; the averaged decoder is kept in `out/decoder.pt`."""
     torch.manual_seed(seed)
-    vae, path = load_autoencoder(out).to(device), out / "decoder.pt"
+    vae = load_autoencoder(out).to(device)
     parts = decoder_parts(vae)
-    optimizer = torch.optim.AdamW(parts.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
-    average, step, spent, saved = Average(parts, 0.998), 0, 0.0, load_checkpoint(path)
-    if saved:
-        parts.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
-        step, spent = saved["step"], saved["seconds"]
-    clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
-
-    def save() -> None:
-        state = {"model": parts.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-        save_atomically({**state, "step": step, "seconds": clock.seconds}, path)
-
-    while clock.progress < 1:
-        set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
+    trainee = Trainee(parts, out / "decoder.pt", minutes, rate=PEAK_RATE, decay=0.998, weight_decay=1e-3)
+    rng, generator = seeded(seed * 1000 + trainee.step)
+    for step in trainee:
         latents, target = crop_pairs(vae, rng, generator)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             output = vae.decode(latents + LATENT_NOISE * latents.std() * noise).sample
         loss = reconstruction_loss(output.float(), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        average.update(parts)
-        step += 1
+        trainee.learn(loss)
         if step % 50 == 0:
             decibel = 10 * torch.log10(4 / (output.detach().float() - target).square().mean()).item()
-            text = f"decoder {step} {clock.seconds:.0f} s loss {loss.item():.4f} psnr {decibel:.1f} dB"
-            print(text, flush=True)
-        if step % 250 == 0:
-            save()
-    save()
+            seconds = trainee.clock.seconds
+            print(f"decoder {step} {seconds:.0f} s loss {loss.item():.4f} psnr {decibel:.1f} dB", flush=True)
+        if trainee.step % 250 == 0:
+            trainee.save()
+    trainee.finish()
 
 
 def apply_finetuned(vae: AutoencoderKL, out: Path) -> None:
@@ -101,14 +74,5 @@ def apply_finetuned(vae: AutoencoderKL, out: Path) -> None:
             parameter.data.copy_(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    train(options.out, options.minutes, options.device)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, 10, train)

@@ -5,7 +5,6 @@ python -m training.train_autoencoder --out training/out --minutes 10
 
 from __future__ import annotations
 
-import argparse
 import random
 from pathlib import Path
 
@@ -14,16 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffaccel.miniatures.scenes import training_scene
-from training.common import (
-    DEFAULT_OUT,
-    Average,
-    Clock,
-    learning_rate,
-    load_checkpoint,
-    save_atomically,
-    seeded,
-    set_rate,
-)
+from training.common import Trainee, run_script, seeded
 from training.scenes_render import SIDE, render
 
 CHANNELS = (16, 32, 64, 96)
@@ -88,56 +78,21 @@ def step_loss(vae: AutoencoderKL, batch: Tensor) -> tuple[Tensor, float]:
 def train(out: Path, minutes: float, device: str = "cpu", seed: int = 1) -> AutoencoderKL:
     """Train or continue; returns the averaged model and leaves it in `out/autoencoder.pt`."""
     torch.manual_seed(seed)
-    path = out / "autoencoder.pt"
-    vae, saved = build_autoencoder().to(device), load_checkpoint(path)
-    optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
-    average, step, spent = Average(vae, 0.998), 0, 0.0
-    if saved:
-        vae.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
-        step, spent = saved["step"], saved["seconds"]
-    clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
-
-    def save() -> None:
-        save_atomically(
-            {
-                "model": vae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.values,
-                "step": step,
-                "seconds": clock.seconds,
-            },
-            path,
-        )
-
-    while clock.progress < 1:
-        set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
+    vae = build_autoencoder().to(device)
+    trainee = Trainee(vae, out / "autoencoder.pt", minutes, rate=PEAK_RATE, decay=0.998, weight_decay=1e-3)
+    rng, generator = seeded(seed * 1000 + trainee.step)
+    for step in trainee:
         loss, error = step_loss(vae, crops(rng, generator).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae)
-        step += 1
+        trainee.learn(loss)
         if step % 50 == 0:
             decibel = 10 * torch.log10(torch.tensor(4 / error)).item()
-            print(f"autoencoder {step} {clock.seconds:.0f} s loss {loss:.4f} psnr {decibel:.1f} dB", flush=True)
-        if step % 250 == 0:
-            save()
-    save()
-    average.copy_to(vae)
+            seconds = trainee.clock.seconds
+            print(f"autoencoder {step} {seconds:.0f} s loss {loss:.4f} psnr {decibel:.1f} dB", flush=True)
+        if trainee.step % 250 == 0:
+            trainee.save()
+    trainee.finish()
     return vae.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    train(options.out, options.minutes, options.device)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, 10, train)

@@ -5,7 +5,6 @@ python -m training.train_judge --out training/out --minutes 6
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -25,18 +24,7 @@ from diffaccel.miniatures.scenes import (
     canonical_slots,
     random_scene,
 )
-from training.common import (
-    DEFAULT_OUT,
-    Average,
-    Clock,
-    count_parameters,
-    learning_rate,
-    load_checkpoint,
-    save_atomically,
-    seeded,
-    set_rate,
-    write_json,
-)
+from training.common import Trainee, count_parameters, run_script, seeded, write_json
 from training.finetune_decoder import apply_finetuned
 from training.make_latents import encode, load_autoencoder
 from training.scenes_render import render
@@ -222,37 +210,17 @@ def save_judge(network: JudgeNetwork, folder: Path, report: dict[str, float], ch
 def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> JudgeNetwork:
     """Train or continue; writes `out/judge.pt` and the finished files in `out/judge`."""
     torch.manual_seed(seed)
-    path, network = out / "judge.pt", JudgeNetwork(CHANNELS).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    average, step, spent, saved = Average(network, 0.995), 0, 0.0, load_checkpoint(path)
-    if saved:
-        network.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
-        step, spent = saved["step"], saved["seconds"]
-    pool = Pool.of(out, POOL, seed)
-    clock, (rng, generator) = Clock(minutes, spent), seeded(seed * 1000 + step)
-    while clock.progress < 1:
-        set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
+    network = JudgeNetwork(CHANNELS).to(device)
+    pool = Pool.of(out, POOL, seed)  # first: its minutes are not the training's
+    trainee = Trainee(network, out / "judge.pt", minutes, rate=PEAK_RATE, decay=0.995, weight_decay=0.01)
+    rng, generator = seeded(seed * 1000 + trainee.step)
+    for step in trainee:
         pictures, classes, sound = (part.to(device) for part in pool.replace(batch(rng, generator), rng))
         loss = judge_loss(network(pictures), classes, sound)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        average.update(network)
-        step += 1
+        trainee.learn(loss)
         if step % 50 == 0:
-            print(f"judge {step} {clock.seconds:.0f} s loss {loss.item():.3f}", flush=True)
-    state = {
-        "model": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average.values,
-        "step": step,
-        "seconds": clock.seconds,
-    }
-    save_atomically(state, path)
-    average.copy_to(network)
+            print(f"judge {step} {trainee.clock.seconds:.0f} s loss {loss.item():.3f}", flush=True)
+    trainee.finish()
     network = network.cpu().eval()
     report = evaluate(network)
     print(json.dumps(report), flush=True)
@@ -260,14 +228,5 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> Judg
     return network
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    train(options.out, options.minutes, options.device)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, 6, train)

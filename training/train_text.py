@@ -9,7 +9,6 @@ python -m training.train_text --out training/out --minutes 6
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -22,16 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffaccel.miniatures import scenes as vocabulary
 from diffaccel.miniatures.scenes import Scene, SceneObject, Statement
-from training.common import (
-    DEFAULT_OUT,
-    Average,
-    Clock,
-    learning_rate,
-    load_checkpoint,
-    save_atomically,
-    seeded,
-    set_rate,
-)
+from training.common import Trainee, run_script, seeded
 
 LENGTH, WIDTH, LAYERS = 32, 128, 4
 BATCH = 64
@@ -239,51 +229,22 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 2) -> CLIP
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(out / "tokenizer")
     encoder, heads = build_text_encoder(tokenizer).to(device), AttributeHeads().to(device)
-    both, path = nn.ModuleList([encoder, heads]), out / "text.pt"
-    optimizer = torch.optim.AdamW(both.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    average, step, spent, saved = Average(both, 0.998), 0, 0.0, load_checkpoint(path)
-    if saved:
-        both.load_state_dict(saved["both"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.count = [value.to(device) for value in saved["average"]], saved["step"]
-        step, spent = saved["step"], saved["seconds"]
-    clock, rng = Clock(minutes, spent), seeded(seed * 1000 + step)[0]
-    while clock.progress < 1:
-        set_rate(optimizer, learning_rate(PEAK_RATE, clock.progress, step))
+    both = nn.ModuleList([encoder, heads])
+    trainee = Trainee(both, out / "text.pt", minutes, rate=PEAK_RATE, decay=0.998, weight_decay=0.01)
+    rng = seeded(seed * 1000 + trainee.step)[0]
+    for step in trainee:
         captions, rows = draw(rng, BATCH)
         ids = tokenize(tokenizer, captions).to(device)
         loss = heads_loss(encoder(ids).last_hidden_state, ids, rows.to(device), heads, tokenizer)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        average.update(both)
-        step += 1
+        trainee.learn(loss)
         if step % 100 == 0:
-            print(f"text {step} {clock.seconds:.0f} s loss {loss.item():.4f}", flush=True)
-    state = {
-        "both": both.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average.values,
-        "step": step,
-        "seconds": clock.seconds,
-    }
-    save_atomically(state, path)
-    average.copy_to(both)
+            print(f"text {step} {trainee.clock.seconds:.0f} s loss {loss.item():.4f}", flush=True)
+    trainee.finish()
     encoder.cpu().eval()
     cases = vocabulary.held_out_prompts("mixed", 512, 7)
     print("held-out captions decoded:", decode_accuracy(encoder, heads.cpu(), tokenizer, cases), flush=True)
     return encoder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    train(options.out, options.minutes, options.device)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, 6, train)
