@@ -116,7 +116,7 @@ def test_folder_fits_the_package():
 
 
 def test_files_name_no_place_on_the_training_machine():
-    absolute = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*"')
+    absolute = re.compile(r'"(?:/\w+/|[A-Za-z]:\\\\)[^"]*"')  # a tokenizer has a token "/"
     for file in miniature_path("shapes-sd").rglob("*.json"):
         assert not absolute.findall(file.read_text()), file
 
