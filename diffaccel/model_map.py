@@ -11,8 +11,11 @@ from typing import Any
 from torch import nn
 
 from diffaccel.errors import Unsupported
+from diffaccel.models.transformers import TransformerLayout, describe_transformer
 from diffaccel.models.unet import UNetLayout, describe_controlnet, describe_unet
 from diffaccel.pipelines.conventions import Convention, find_convention
+
+Layout = UNetLayout | TransformerLayout
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,44 @@ class ModelMap:
     Attributes:
         pipe: the diffusers pipeline.
         convention: how the pipeline calls its networks (pipelines/).
-        denoiser: the network that predicts, e.g. `pipe.unet`.
-        layout: stages, skips and attention sites of the denoiser.
-        controlnets: networks beside it, each with the layout of its encoder.
+        denoisers: the networks that predict, with their layouts; more than one if they take turns (Wan 2.2).
+        controlnets: networks beside them, each with the layout of its encoder if that is known.
     """
 
     pipe: Any
     convention: Convention
-    denoiser: nn.Module
-    layout: UNetLayout
+    denoisers: tuple[tuple[nn.Module, Layout], ...]
     controlnets: tuple[tuple[nn.Module, UNetLayout | None], ...]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The first network that predicts, e.g. `pipe.unet`."""
+        return self.denoisers[0][0]
+
+    @property
+    def layout(self) -> Layout:
+        """Where things are in `denoiser`."""
+        return self.denoisers[0][1]
+
+    def unet(self, method: str) -> UNetLayout:
+        """The layout, for methods that work on UNets only.
+
+        Raises:
+            Unsupported: the denoiser is a transformer.
+        """
+        if not isinstance(self.layout, UNetLayout):
+            raise Unsupported(f"{method} works on UNets; {type(self.denoiser).__name__} is a diffusion transformer.")
+        return self.layout
+
+    def transformer(self, method: str) -> TransformerLayout:
+        """The layout, for methods that work on diffusion transformers only.
+
+        Raises:
+            Unsupported: the denoiser is a UNet.
+        """
+        if not isinstance(self.layout, TransformerLayout):
+            raise Unsupported(f"{method} works on diffusion transformers; {type(self.denoiser).__name__} is a UNet.")
+        return self.layout
 
 
 def describe(pipe: Any) -> ModelMap:
@@ -41,16 +72,22 @@ def describe(pipe: Any) -> ModelMap:
         Unsupported: the pipeline or its denoiser is not known, with the reason.
     """
     convention = find_convention(pipe)
-    denoiser = getattr(pipe, convention.denoiser)
-    if type(denoiser).__name__ == "OptimizedModule":
-        raise Unsupported(
-            f"pipe.{convention.denoiser} is compiled as a whole; compile its repeated blocks instead "
-            f"(pipe.{convention.denoiser}.compile_repeated_blocks())."
-        )
+    found = [(name, getattr(pipe, name, None)) for name in (convention.denoiser, *convention.others)]
+    for name, network in found:
+        if type(network).__name__ == "OptimizedModule":
+            raise Unsupported(
+                f"pipe.{name} is compiled as a whole; compile its repeated blocks instead "
+                f"(pipe.{name}.compile_repeated_blocks())."
+            )
+    denoisers = tuple((network, _describe_denoiser(network)) for _, network in found if network is not None)
+    if not denoisers:
+        raise Unsupported(f"this {type(pipe).__name__} has no {convention.denoiser}.")
     nets = _controlnets(getattr(pipe, "controlnet", None))
-    return ModelMap(
-        pipe, convention, denoiser, describe_unet(denoiser), tuple((n, describe_controlnet(n)) for n in nets)
-    )
+    return ModelMap(pipe, convention, denoisers, tuple((net, describe_controlnet(net)) for net in nets))
+
+
+def _describe_denoiser(network: nn.Module) -> Layout:
+    return describe_transformer(network) or describe_unet(network)
 
 
 def _controlnets(controlnet: Any) -> list[nn.Module]:

@@ -67,17 +67,22 @@ def _table_sigma(alphas_cumprod: torch.Tensor, t: int) -> float:
     return math.inf if abar == 0.0 else math.sqrt((1.0 - abar) / abar)
 
 
-def predicted_x0(sample: torch.Tensor, output: torch.Tensor, sigma: float, scheduler: Any) -> torch.Tensor:
+def predicted_x0(
+    sample: torch.Tensor, output: torch.Tensor, sigma: float, scheduler: Any, sign: int = 1
+) -> torch.Tensor:
     """The clean picture implied by a prediction, up to a positive factor per call, in fp32.
 
     Args:
-        sample: what the denoiser received, (rows, channels, h, w); extra input channels (inpainting) are ignored.
-        output: its prediction, (rows, channels, h, w).
+        sample: what the denoiser received: (rows, channels, h, w), (rows, tokens, channels) or video.
+        output: its prediction. What only one of the two has is ignored: inpainting and control channels of the input,
+            reference tokens, learned variances of the output.
         sigma: EDM sigma of the call.
+        sign: -1 if the pipeline negates the prediction.
     Returns:
-        (rows, channels, h, w) fp32. VP inputs are x = (x0 + sigma eps) / sqrt(1 + sigma^2); flow inputs (1-s) x0 + s eps.
+        The common shape, fp32. VP inputs are x = (x0 + sigma eps) / sqrt(1 + sigma^2); flow inputs (1-s) x0 + s eps.
     """
-    x, y = sample[:, : output.shape[1]].float(), output.float()
+    common = tuple(slice(min(sizes)) for sizes in zip(sample.shape, output.shape, strict=True))
+    x, y = sample[common].float(), sign * output[common].float()
     kind = "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
     signal, noise = 1 / math.sqrt(1 + sigma**2), (sigma / math.sqrt(1 + sigma**2) if math.isfinite(sigma) else 1.0)
     if kind == "epsilon":

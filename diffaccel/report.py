@@ -66,7 +66,7 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
     return Report(
         steps=run.clock.step + 1,
-        evaluations=len(denoiser),
+        evaluations=sum(e.rows > 0 for e in denoiser),
         rows=sum(e.rows for e in denoiser),
         seconds=seconds,
         flops=sum(e.flops for e in run.evaluations),
@@ -86,5 +86,5 @@ def _plain_flops(evaluations: list[Evaluation]) -> float:
     for e in evaluations:
         if e.dense_flops_per_row is not None:
             dense[e.network] = e.dense_flops_per_row
-        total += e.stock_rows * dense.get(e.network, e.flops / e.rows)
+        total += e.stock_rows * dense.get(e.network, e.flops / max(e.rows, 1))
     return total

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -43,7 +43,10 @@ class Call:
         branches: guidance branches stacked along the rows, e.g. ("uncond", "cond"); ("cond",) without guidance; () if
             the layout is unknown.
         lane: identifies the stream of calls this one belongs to over the run: the network, and how many calls of it
-            came before in this evaluation (0 in all stock UNet pipelines). Cached tensors are kept per lane.
+            came before in this evaluation (0 where guidance branches are stacked; the branch where they are separate
+            calls). Cached tensors are kept per lane.
+        sample_name: the argument with the noisy latents.
+        listed: names of the arguments that are lists with one entry per batch row.
         tags: what the methods decided; calls with equal tags and shapes cost the same.
         saved_flops: FLOPs a dense call would have needed on top, counted by the token methods.
         complete: False if parts of the network are skipped, so that the call says nothing about the dense cost.
@@ -56,11 +59,13 @@ class Call:
     tags: tuple[Any, ...] = ()
     saved_flops: int = 0
     complete: bool = True
+    sample_name: str = "sample"
+    listed: frozenset[str] = frozenset()
 
     @property
     def sample(self) -> torch.Tensor:
-        """The noisy input, (rows, channels, h, w)."""
-        sample: torch.Tensor = self.arguments["sample"]
+        """The noisy input: (rows, channels, h, w); (rows, tokens, channels) where latents are packed; 5-d for video."""
+        sample: torch.Tensor = self.arguments[self.sample_name]
         return sample
 
     @property
@@ -81,22 +86,39 @@ class Call:
         """The rows of one branch. Tensors with another number of rows (guess mode, masks) pass through unchanged."""
         size = self.rows // len(self.branches)
         start = self.branches.index(branch) * size
-        cut = functools.partial(_cut_rows, rows=self.rows, start=start, stop=start + size)
-        arguments = {name: cut(value) if name in self.batched else value for name, value in self.arguments.items()}
-        return replace(self, arguments=arguments, branches=(branch,))
+        return replace(self.rows_of(range(start, start + size)), branches=(branch,))
+
+    def rows_of(self, wanted: Sequence[int]) -> Call:
+        """The call with only these batch rows; a contiguous range is cut without copying."""
+        cut = functools.partial(_cut_rows, rows=self.rows, wanted=wanted)
+        arguments = {
+            name: _cut_list(value, self.rows, wanted)
+            if name in self.listed
+            else (cut(value) if name in self.batched else value)
+            for name, value in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
 
 
-def _cut_rows(value: Any, *, rows: int, start: int, stop: int) -> Any:
+def _cut_rows(value: Any, *, rows: int, wanted: Sequence[int]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value[start:stop] if value.dim() > 0 and value.shape[0] == rows else value
+        if value.dim() == 0 or value.shape[0] != rows:
+            return value
+        return value[wanted.start : wanted.stop] if isinstance(wanted, range) else value[list(wanted)]
     if isinstance(value, dict):
-        return {key: _cut_rows(item, rows=rows, start=start, stop=stop) for key, item in value.items()}
+        return {key: _cut_rows(item, rows=rows, wanted=wanted) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_cut_rows(item, rows=rows, start=start, stop=stop) for item in value)
+        return type(value)(_cut_rows(item, rows=rows, wanted=wanted) for item in value)
     return value
 
 
-def map_output(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _cut_list(value: Any, rows: int, wanted: Sequence[int]) -> Any:
+    if isinstance(value, torch.Tensor):  # the latents, stacked by the run
+        return _cut_rows(value, rows=rows, wanted=wanted)
+    return [value[row] for row in wanted] if isinstance(value, (list, tuple)) and len(value) == rows else value
+
+
+def map_output(output: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to the prediction inside a denoiser output (tuple or diffusers output object)."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
@@ -115,6 +137,7 @@ class Clock:
 
     Attributes:
         planned: how many timesteps the pipeline says it will visit; it may stop before the end of the scheduler's list.
+        scheduler_time: whether networks get their timestep in the scheduler's units.
         evaluation: scheduler.step calls finished so far.
         step: solver steps begun so far minus one; two-stage solvers (Heun, KDPM2) have two evaluations per step.
         total: evaluations this run will have; known from the first evaluation on.
@@ -124,6 +147,7 @@ class Clock:
 
     scheduler: Any
     planned: Callable[[], int | None] = lambda: None
+    scheduler_time: bool = True
     evaluation: int = 0
     step: int = -1
     total: int = 0
@@ -136,12 +160,15 @@ class Clock:
         """The scheduler got new timesteps: a run begins."""
         self.evaluation, self.step, self.total, self._entered, self.timestep = 0, -1, 0, -1, None
 
-    def enter(self, timestep: float) -> bool:
-        """A network is about to be called. Returns True at the first call of an evaluation."""
+    def enter(self, timestep: float | None) -> bool:
+        """A network is about to be called with `timestep`. Returns True at the first call of an evaluation."""
         if self._entered == self.evaluation:
             return False
         self._entered = self.evaluation
-        timestep = timestep if self.timestep is None else self.timestep
+        if self.timestep is not None:
+            timestep = self.timestep
+        elif not self.scheduler_time or timestep is None:
+            timestep = self._listed_timestep()
         index = self._index(timestep)
         self.total = self.total or self.evaluation + self._remaining(timestep)
         self.sigma = edm_sigma(self.scheduler, timestep, index)
@@ -160,14 +187,23 @@ class Clock:
         """Share of the run's evaluations that are done, in [0, 1)."""
         return self.evaluation / self.total
 
+    def _listed_timestep(self) -> float:
+        """The scheduler's timestep of this evaluation, for networks that get it in other units or not at all."""
+        index = next((i for i in self._pointers() if i is not None), 0)
+        if getattr(self.scheduler, "step_index", None) is None:  # it keeps no pointer, or has not started
+            index += self.evaluation
+        return float(self.scheduler.timesteps[index])
+
+    def _pointers(self) -> Iterator[int | None]:
+        for name in ("step_index", "begin_index"):  # step_index is None before the first step of some schedulers
+            index = getattr(self.scheduler, name, None)
+            yield None if index is None else int(index)
+
     def _index(self, timestep: float) -> int | None:
         if not hasattr(self.scheduler, "sigmas"):
             return None
-        for name in ("step_index", "begin_index"):  # step_index is None before the first step of some schedulers
-            index = getattr(self.scheduler, name, None)
-            if index is not None:
-                return int(index)
-        return self._position(timestep)
+        index = next((i for i in self._pointers() if i is not None), None)
+        return self._position(timestep) if index is None else index
 
     def _remaining(self, timestep: float) -> int:
         listed = len(self.scheduler.timesteps) - self._position(timestep)
@@ -200,6 +236,7 @@ class Run:
 
     Attributes:
         clock: the only step counter; methods read it and never count for themselves.
+        row_order, calls, sample_name, listed: the pipeline's convention (pipelines/conventions.py).
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
         guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
@@ -214,6 +251,9 @@ class Run:
     clock: Clock
     ledger: FlopLedger
     row_order: tuple[str, ...]
+    calls: str = "stacked"
+    sample_name: str = "sample"
+    listed: frozenset[str] = frozenset()
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
     guided: bool = True
@@ -246,20 +286,37 @@ class Run:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def skip(self, network: str, call: Call, *tags: Any) -> None:
+        """Record a call that the pipeline made and that was answered without running the network."""
+        self.evaluations.append(
+            Evaluation(network, self.clock.evaluation, self.clock.sigma, 0, call.rows, 0, None, call.tags + tags)
+        )
+
     def handle(
         self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any
     ) -> Any:
         """One network call from the pipeline, through all methods, to the original forward."""
         arguments = bind_arguments(type(module), args, kwargs)
-        if self.clock.enter(float(_first(arguments["timestep"]))):
+        timestep = arguments.get("timestep")
+        if self.clock.enter(None if timestep is None else float(_first(timestep))):
             self._begin_evaluation()
         ordinal = self._ordinals.get(id(module), 0)
         self._ordinals[id(module)] = ordinal + 1
-        call = Call(arguments, batched, self._branches(arguments["sample"].shape[0]), (id(module), ordinal))
+        if self.sample_name in self.listed:
+            arguments[self.sample_name] = torch.stack(list(arguments[self.sample_name]))
+        call = Call(
+            arguments,
+            batched,
+            self._branches(network, arguments[self.sample_name].shape[0], ordinal),
+            (id(module), ordinal),
+            sample_name=self.sample_name,
+            listed=self.listed,
+        )
         execute = functools.partial(self._execute, network, original, call.rows)
         for _, function in sorted(self._around.get(network, []), key=lambda item: item[0], reverse=True):
             execute = functools.partial(_through, function, execute)
-        return execute(call)
+        output = execute(call)
+        return map_output(output, _unstack) if self.sample_name in self.listed else output
 
     def _begin_evaluation(self) -> None:
         self._ordinals.clear()
@@ -267,21 +324,38 @@ class Run:
         for _, function in sorted(self._planners, key=lambda item: item[0]):
             function()
 
-    def _branches(self, rows: int) -> tuple[str, ...]:
+    def _branches(self, network: str, rows: int, ordinal: int) -> tuple[str, ...]:
         if self.images is None:
             return ()
+        if self.calls == "separate":
+            separate = {0: ("cond",), 1: ("uncond",)} if network == "denoiser" else {0: ("cond",)}
+            return separate.get(ordinal, ()) if rows == self.images else ()
         if rows == self.images:
             return ("cond",)
         return self.row_order if rows == len(self.row_order) * self.images else ()
 
     def _execute(self, network: str, original: Forward, stock_rows: int, call: Call) -> Any:
         key = (network, call.tags, describe_shapes(call.arguments))
-        output, flops = self.ledger.count(key, lambda: original(**call.arguments))
+        output, flops = self.ledger.count(key, lambda: self._original(original, call))
         dense = (flops + call.saved_flops) / call.rows if call.complete else None
         self.evaluations.append(
             Evaluation(network, self.clock.evaluation, self.clock.sigma, call.rows, stock_rows, flops, dense, call.tags)
         )
         return output
+
+    def _original(self, original: Forward, call: Call) -> Any:
+        if self.sample_name not in self.listed:
+            return original(**call.arguments)
+        arguments = {**call.arguments, self.sample_name: list(call.sample.unbind())}
+        return map_output(original(**arguments), _stack)
+
+
+def _stack(rows: Any) -> torch.Tensor:
+    return torch.stack(list(rows))
+
+
+def _unstack(rows: torch.Tensor) -> Any:
+    return list(rows.unbind())
 
 
 def _through(function: Around, inner: Proceed, call: Call) -> Any:

@@ -50,16 +50,31 @@ class AcceleratedPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline with the recipe; arguments and result are the pipeline's own."""
         model = describe(self.pipe)  # again: components may have been exchanged since the last call
+        convention = model.convention
         networks = _describe_work(model)
         if networks != self._networks:
             self._ledger, self._measured, self._networks = FlopLedger(), {}, networks
-        clock = Clock(self.pipe.scheduler, lambda: getattr(self.pipe, "num_timesteps", None))
-        run = Run(clock, self._ledger, model.convention.row_order, measured=self._measured)
+        clock = Clock(
+            self.pipe.scheduler,
+            lambda: getattr(self.pipe, "num_timesteps", None),
+            scheduler_time=convention.scheduler_time,
+        )
+        run = Run(
+            clock,
+            self._ledger,
+            convention.row_order,
+            convention.calls,
+            convention.sample,
+            convention.listed,
+            measured=self._measured,
+        )
         methods = [method for method in self.recipe.methods if not method.is_off]
         started, completed = time.perf_counter(), False
         try:
             with Seams() as seams:
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
+                if convention.images is not None:
+                    run.images = convention.images(_by_name(self.pipe, *arguments))
                 _attach(model, methods, run, seams)
                 result = self.pipe(*arguments[0], **arguments[1])
             completed = True
@@ -103,7 +118,7 @@ def wrap(pipe: Any, recipe: Recipe | str | os.PathLike[str] | Method | Sequence[
 
 def _describe_work(model: ModelMap) -> Hashable:
     """What the work of a network call depends on besides its arguments: weights, adapters, where they are."""
-    networks = [model.denoiser, *(net for net, _ in model.controlnets)]
+    networks = [*(net for net, _ in model.denoisers), *(net for net, _ in model.controlnets)]
     return tuple(
         (AdapterProbe(net).state(), tuple((p.shape, p.dtype, p.device) for p in net.parameters())) for net in networks
     )
@@ -113,13 +128,18 @@ def _prepare(
     pipe: Any, methods: list[Method], run: Run, seams: Seams, args: Any, kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The pipeline's call arguments after the schedule methods changed them."""
-    bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
-    before = dict(list(bound.arguments.items())[1:])
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            before |= before.pop(name, {})
+    before = _by_name(pipe, args, kwargs)
     after = functools.reduce(lambda given, method: method.prepare_call(pipe, given, run, seams), methods, before)
     return (args, kwargs) if after == before else ((), after)
+
+
+def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
+    given = dict(list(bound.arguments.items())[1:])
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def _attach(model: ModelMap, methods: list[Method], run: Run, seams: Seams) -> None:
@@ -133,7 +153,8 @@ def _attach(model: ModelMap, methods: list[Method], run: Run, seams: Seams) -> N
         seams.wrap_method(model.pipe, "prepare_latents", functools.partial(_note_images, run))
     for method in reversed(methods):
         method.attach(model, run, seams)
-    _stand_around(model, "denoiser", model.denoiser, run, seams)
+    for denoiser, _ in model.denoisers:
+        _stand_around(model, "denoiser", denoiser, run, seams)
     for net, _ in model.controlnets:
         _stand_around(model, "controlnet", net, run, seams)
 

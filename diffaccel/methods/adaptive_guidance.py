@@ -40,7 +40,7 @@ class AdaptiveGuidance(Method):
         return self.threshold == 1.0
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        latch = _Latch(self.threshold, run, model.pipe.scheduler)
+        latch = _Latch(self.threshold, run, model)
         run.before_evaluation(Layer.GUIDANCE, latch.begin)
         run.around("denoiser", Layer.GUIDANCE, latch.measure)
         attach_dropping(run, self.name, lambda: latch.all_latched)
@@ -49,11 +49,13 @@ class AdaptiveGuidance(Method):
 class _Latch:
     """Which images have switched guidance off."""
 
-    def __init__(self, threshold: float, run: Run, scheduler: Any) -> None:
-        self.threshold, self.run, self.scheduler = threshold, run, scheduler
+    def __init__(self, threshold: float, run: Run, model: ModelMap) -> None:
+        self.threshold, self.run = threshold, run
+        self.scheduler, self.sign = model.pipe.scheduler, model.convention.prediction_sign
         self.latched: torch.Tensor | None = None  # (images,) bool, what the current solver step uses
         self.pending: torch.Tensor | None = None
         self.all_latched = False
+        self.conditional: torch.Tensor | None = None  # of the current evaluation, where branches are separate calls
         self._step = -1
 
     def begin(self) -> None:
@@ -61,26 +63,44 @@ class _Latch:
             self._step = self.run.clock.step
             self.latched = self.pending
             self.all_latched = self.latched is not None and bool(self.latched.all())
+        self.conditional = None
         self.run.latched, self.run.all_latched = self.latched, self.all_latched
 
     def measure(self, call: Call, proceed: Proceed) -> Any:
         output = proceed(call)
-        if self.all_latched or not is_doubled(call, self.run, "adaptive_guidance"):
+        if self.all_latched:
             return output
-        self._update(call, prediction(output))
-        return output if self.latched is None else map_output(output, self._replace)
+        return self._separate(call, output) if self.run.calls == "separate" else self._stacked(call, output)
 
-    def _update(self, call: Call, output: torch.Tensor) -> None:
-        x0 = predicted_x0(call.sample, output, self.run.clock.sigma, self.scheduler)
-        uncond, cond = x0.chunk(2)
-        now = alignment(cond, uncond) >= self.threshold
+    def _stacked(self, call: Call, output: Any) -> Any:
+        if not is_doubled(call, self.run, AdaptiveGuidance.name):
+            return output
+        both = prediction(output).chunk(2)
+        cond, uncond = both[call.branches.index("cond")], both[call.branches.index("uncond")]
+        self._update(call.only("cond").sample, cond, uncond)
+        if self.latched is None:
+            return output
+        chosen = {"cond": cond, "uncond": self._choose(cond, uncond)}
+        return map_output(output, lambda _: torch.cat([chosen[branch] for branch in call.branches]))
+
+    def _separate(self, call: Call, output: Any) -> Any:
+        if call.branches == ("cond",):
+            self.conditional = prediction(output)
+        if call.branches != ("uncond",) or self.conditional is None:
+            return output
+        cond, uncond = self.conditional, prediction(output)
+        self._update(call.sample, cond, uncond)
+        return output if self.latched is None else map_output(output, lambda _: self._choose(cond, uncond))
+
+    def _update(self, sample: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor) -> None:
+        sigma = self.run.clock.sigma
+        x0 = [predicted_x0(sample, tensor, sigma, self.scheduler, self.sign) for tensor in (cond, uncond)]
+        now = alignment(*x0) >= self.threshold
         self.pending = now if self.pending is None else self.pending | now
 
-    def _replace(self, output: torch.Tensor) -> torch.Tensor:
-        uncond, cond = output.chunk(2)
+    def _choose(self, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
         assert self.latched is not None
-        chosen = self.latched.view(-1, *[1] * (output.dim() - 1))
-        return torch.cat([torch.where(chosen, cond, uncond), cond])
+        return torch.where(self.latched.view(-1, *[1] * (cond.dim() - 1)), cond, uncond)
 
 
 def alignment(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ g(sigma) = 1 only the conditional rows run and are returned for both branches, s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -79,26 +80,75 @@ class _Gate:
         return not self._guided
 
 
-def attach_dropping(run: Run, name: str, drops: Any) -> None:
-    """Drop the unconditional rows of denoiser and ControlNets whenever `drops()` says so."""
+def attach_dropping(run: Run, name: str, drops: Callable[[], bool]) -> None:
+    """Drop the unconditional rows or calls of denoiser and ControlNets whenever `drops()` says so."""
+    dropper = _Dropper(run, name, drops)
+    run.before_evaluation(Layer.GUIDANCE, dropper.begin)
+    if run.calls == "separate":
+        run.around("denoiser", Layer.GUIDANCE, dropper.around_separate)
+        return
+    run.around("denoiser", Layer.GUIDANCE, dropper.around_stacked)
+    run.around("controlnet", Layer.GUIDANCE, dropper.around_controlnet)
 
-    def around_denoiser(call: Call, proceed: Proceed) -> Any:
-        if not is_doubled(call, run, name):
-            if run.guided and not run.all_latched:  # else another guidance method has dropped the rows already
-                run.note(f"{name}: this call runs without classifier-free guidance, there is nothing to drop.")
+
+class _Dropper:
+    """Answers for the unconditional branch with the conditional prediction, so that the pipeline's formula yields it."""
+
+    def __init__(self, run: Run, name: str, drops: Callable[[], bool]) -> None:
+        self.run, self.name, self.drops = run, name, drops
+        self.conditional: Any = None
+        self.has_guidance = True
+
+    def begin(self) -> None:
+        """Another evaluation: what the last one predicted is of no use any more."""
+        if self.run.calls == "separate" and self.run.clock.evaluation == 1 and not self.has_guidance:
+            self._note_unguided()
+        self.conditional, self.has_guidance = None, False
+
+    def around_stacked(self, call: Call, proceed: Proceed) -> Any:
+        """One call with both branches along the rows."""
+        if not is_doubled(call, self.run, self.name):
+            if self._guided() and call.lane[1] == 0:  # else another guidance method has dropped the rows already
+                self._note_unguided()
             return proceed(call)
-        guided = run.guided and not run.all_latched  # what runs in the end, whichever method decides it
-        run.count(name, guided=int(guided), unguided=int(not guided))
-        if not drops():
+        self._count()
+        if not self.drops():
             return proceed(call)
         output = proceed(call.only("cond"))
         return map_output(output, lambda tensor: torch.cat([tensor] * len(call.branches)))
 
-    def around_controlnet(call: Call, proceed: Proceed) -> Any:
-        return proceed(call.only("cond") if drops() and is_doubled(call, run, name) else call)
+    def around_separate(self, call: Call, proceed: Proceed) -> Any:
+        """One call per branch, conditional first."""
+        if not call.branches:
+            raise Unsupported(
+                f"{self.name} cannot tell the guidance branches apart: the network got {call.rows} rows in call "
+                f"{call.lane[1] + 1} of a step for {self.run.images or 'an unknown number of'} images."
+            )
+        if call.branches == ("cond",):
+            output = proceed(call)
+            self.conditional = output
+            return output
+        self.has_guidance = True
+        self._count()
+        if not self.drops():
+            return proceed(call)
+        self.run.skip("denoiser", call, self.name)
+        return self.conditional
 
-    run.around("denoiser", Layer.GUIDANCE, around_denoiser)
-    run.around("controlnet", Layer.GUIDANCE, around_controlnet)
+    def around_controlnet(self, call: Call, proceed: Proceed) -> Any:
+        """ControlNets beside a stacked denoiser get the rows it gets."""
+        drops = self.drops() and is_doubled(call, self.run, self.name)
+        return proceed(call.only("cond") if drops else call)
+
+    def _guided(self) -> bool:
+        return self.run.guided and not self.run.all_latched
+
+    def _count(self) -> None:
+        guided = self._guided()  # what runs in the end, whichever method decides it
+        self.run.count(self.name, guided=int(guided), unguided=int(not guided))
+
+    def _note_unguided(self) -> None:
+        self.run.note(f"{self.name}: this call runs without classifier-free guidance, there is nothing to drop.")
 
 
 def is_doubled(call: Call, run: Run, name: str) -> bool:

@@ -77,21 +77,21 @@ class SkipCache(Method):
 
     def check(self, model: ModelMap) -> None:
         depth = self.depth_for(model)
-        if depth >= model.layout.depths:
-            raise Unsupported(
-                f"skip_cache: depth {depth} does not exist; this UNet has depths 0 to {model.layout.depths - 1}."
-            )
+        depths = model.unet(self.name).depths
+        if depth >= depths:
+            raise Unsupported(f"skip_cache: depth {depth} does not exist; this UNet has depths 0 to {depths - 1}.")
 
     def depth_for(self, model: ModelMap) -> int:
         """The depth used on this model."""
-        return min(model.convention.default_depth, model.layout.depths - 1) if self.depth is None else self.depth
+        deepest = model.unet(self.name).depths - 1
+        return min(model.convention.default_depth, deepest) if self.depth is None else self.depth
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         depth = self.depth_for(model)
         cache = _Cache(self, depth, model, run)
         run.before_evaluation(Layer.SKIP, cache.plan)
         run.around("denoiser", Layer.SKIP, cache.around_denoiser)
-        bypass_unet(model.layout, depth, cache.bypass, seams)
+        bypass_unet(model.unet(self.name), depth, cache.bypass, seams)
         for net, layout in model.controlnets:
             if layout is None:
                 run.note(f"skip_cache: {type(net).__name__} always runs whole.")

@@ -53,10 +53,11 @@ class TokenDownsampling(Method):
         return self.factor == 1
 
     def check(self, model: ModelMap) -> None:
-        if not model.layout.attention:
+        attention = model.unet(self.name).attention
+        if not attention:
             raise Unsupported("token_downsampling: this denoiser has no self-attention to shorten.")
         # the processor tells: unfuse_qkv_projections() leaves the attention's own flag set
-        processors = (getattr(a, "processor", None) for s in model.layout.attention for a in s.self_attentions)
+        processors = (getattr(a, "processor", None) for s in attention for a in s.self_attentions)
         if any(type(processor).__name__.startswith("Fused") for processor in processors):
             raise Unsupported(
                 "token_downsampling needs separate query and key projections; call unfuse_qkv_projections() first."

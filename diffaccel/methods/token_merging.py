@@ -63,7 +63,7 @@ class TokenMerging(Method):
         return self.ratio == 0.0
 
     def check(self, model: ModelMap) -> None:
-        if not model.layout.attention:
+        if not model.unet(self.name).attention:
             raise Unsupported("token_merging: this denoiser has no self-attention to shorten.")
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:

@@ -70,7 +70,7 @@ class TokenSites:
 
     def attach(self, seams: Seams) -> None:
         """Patch all attention sites; whether they act is decided by the plan of the current call."""
-        for site in self.model.layout.attention:
+        for site in self.model.unet(self.name).attention:
             seams.replace_forward(site.transformer, lambda f, s=site: TransformerPatch(self, s, f).forward)  # type: ignore[misc]
             for attention in site.self_attentions:
                 seams.replace_forward(attention, lambda f, s=site: AttentionPatch(self, s.level, f).forward)  # type: ignore[misc]
@@ -110,10 +110,10 @@ class TokenSites:
         return self._planned[key]
 
     def _levels(self) -> list[int]:
-        return sorted({site.level for site in self.model.layout.attention})
+        return sorted({site.level for site in self.model.unet(self.name).attention})
 
     def _sites(self, levels: frozenset[int]) -> list[AttentionSite]:
-        return [site for site in self.model.layout.attention if site.level in levels]
+        return [site for site in self.model.unet(self.name).attention if site.level in levels]
 
     def _wanted(self, verdict: Verdict) -> bool:
         return verdict.pays if self.min_tokens == "measured" else verdict.tokens >= self.min_tokens
