@@ -32,6 +32,8 @@ class Recipe(BaseModel):
         name: shown in reports.
         note: one sentence on what the recipe is good for and where that was measured.
         methods: at most one of each kind.
+        transformer_methods: used instead of `methods` on diffusion transformers, so that one recipe fits both kinds of
+            denoisers; None where `methods` are meant for both.
     Raises:
         RecipeError: two methods of one kind, or two that cannot run together.
     """
@@ -41,6 +43,7 @@ class Recipe(BaseModel):
     name: str = "custom"
     note: str = ""
     methods: tuple[Method, ...] = ()
+    transformer_methods: tuple[Method, ...] | None = None
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -48,9 +51,11 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise _as_recipe_error("recipe", error) from error
 
-    @field_validator("methods")
+    @field_validator("methods", "transformer_methods")
     @classmethod
-    def _check_methods(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    def _check_methods(cls, methods: tuple[Method, ...] | None) -> tuple[Method, ...] | None:
+        if methods is None:
+            return None
         check_conflicts(methods)
         # within a layer by name, last first: guidance_interval outside adaptive_guidance, which must not measure the equal
         # branches that the interval returns
@@ -59,10 +64,27 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        # through JSON text, because only that form spells infinity as a string
-        # by way of JSON text: only there pydantic writes inf as a string, which strict JSON can hold
-        methods = [{"method": m.name, **json.loads(m.model_dump_json())} for m in self.methods]
-        return {"schema": SCHEMA_VERSION, "name": self.name, "note": self.note, "methods": methods}
+        data = {
+            "schema": SCHEMA_VERSION,
+            "name": self.name,
+            "note": self.note,
+            "methods": _methods_to_list(self.methods),
+        }
+        if self.transformer_methods is not None:
+            data["transformer_methods"] = _methods_to_list(self.transformer_methods)
+        return data
+
+    def on_transformers(self) -> Recipe:
+        """The recipe as it runs on diffusion transformers."""
+        if self.transformer_methods is None:
+            return self
+        return Recipe(name=self.name, note=self.note, methods=self.transformer_methods)
+
+    def on_unets(self) -> Recipe:
+        """The recipe as it runs on UNets."""
+        if self.transformer_methods is None:
+            return self
+        return Recipe(name=self.name, note=self.note, methods=self.methods)
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
@@ -77,14 +99,14 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"recipe schema {data.get('schema')!r} is not supported; this version reads {SCHEMA_VERSION}."
             )
-        _refuse_unknown(set(data) - {"schema", "name", "note", "methods"}, "recipe")
-        methods = data.get("methods", [])
-        if not isinstance(methods, list):
-            raise RecipeError("the recipe key 'methods' must be a list.")
+        _refuse_unknown(set(data) - {"schema", "name", "note", "methods", "transformer_methods"}, "recipe")
+        methods, transformers = _methods_from_list(data, "methods"), None
+        if data.get("transformer_methods") is not None:
+            transformers = _methods_from_list(data, "transformer_methods")
         name, note = data.get("name", "custom"), data.get("note", "")
         if not isinstance(name, str) or not isinstance(note, str):
             raise RecipeError("the recipe keys 'name' and 'note' must be text.")
-        return cls(name=name, note=note, methods=tuple(_method_from_dict(item) for item in methods))
+        return cls(name=name, note=note, methods=methods, transformer_methods=transformers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON; the file is replaced in one step."""
@@ -119,7 +141,26 @@ class Recipe(BaseModel):
 
     def describe(self) -> str:
         """One line: methods with the settings that differ from their defaults."""
-        return " + ".join(_describe(method) for method in self.methods) or "no methods"
+        text = _describe_all(self.methods)
+        if self.transformer_methods is None:
+            return text
+        return f"{text}; on transformers {_describe_all(self.transformer_methods)}"
+
+
+def _methods_to_list(methods: Iterable[Method]) -> list[dict[str, Any]]:
+    # by way of JSON text: only there pydantic writes inf as a string, which strict JSON can hold
+    return [{"method": method.name, **json.loads(method.model_dump_json())} for method in methods]
+
+
+def _methods_from_list(data: dict[str, Any], key: str) -> tuple[Method, ...]:
+    items = data.get(key, [])
+    if not isinstance(items, list):
+        raise RecipeError(f"the recipe key {key!r} must be a list.")
+    return tuple(_method_from_dict(item) for item in items)
+
+
+def _describe_all(methods: Iterable[Method]) -> str:
+    return " + ".join(_describe(method) for method in methods) or "no methods"
 
 
 def _describe(method: Method) -> str:

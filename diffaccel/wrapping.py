@@ -14,6 +14,7 @@ from diffaccel.flops import FlopLedger
 from diffaccel.method import Method
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, describe
+from diffaccel.models.transformers import TransformerLayout
 from diffaccel.recipe import Recipe, resolve_recipe
 from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
@@ -40,6 +41,7 @@ class AcceleratedPipeline:
 
     def __init__(self, pipe: Any, recipe: Recipe) -> None:
         model = describe(pipe)
+        recipe = recipe.on_transformers() if isinstance(model.layout, TransformerLayout) else recipe.on_unets()
         for method in recipe.methods:
             method.check(model)
         self.pipe, self.recipe, self.report = pipe, recipe, None

@@ -307,3 +307,29 @@ def test_descriptions_name_what_differs_from_the_default():
     assert Recipe().describe() == "no methods"
     text = resolve_recipe([SkipCache(interval=5), GuidanceInterval()]).describe()
     assert text == "guidance_interval() + skip_cache(interval=5)"
+
+
+# --- one recipe for UNets and transformers ---
+
+
+def test_transformer_methods_survive_the_file(tmp_path):
+    recipe = Recipe(name="both", methods=(SkipCache(),), transformer_methods=(GuidanceInterval(low=0.5),))
+    recipe.save(tmp_path / "both.json")
+    assert Recipe.load(tmp_path / "both.json") == recipe
+    assert "transformer_methods" not in Recipe(methods=(SkipCache(),)).to_dict()
+
+
+def test_wrap_takes_the_methods_for_its_denoiser():
+    recipe = Recipe(name="both", methods=(SkipCache(),), transformer_methods=(GuidanceInterval(low=0.5),))
+    assert [m.name for m in recipe.on_unets().methods] == ["skip_cache"]
+    assert [m.name for m in recipe.on_transformers().methods] == ["guidance_interval"]
+    fast = diffaccel.wrap(tiny_pipeline("sd"), recipe)
+    assert [m.name for m in fast.recipe.methods] == ["skip_cache"]
+
+
+def test_transformer_methods_are_checked_for_conflicts_too():
+    pair = (TokenMerging(ratio=0.5), TokenDownsampling(factor=2))
+    with pytest.raises(RecipeError, match="same self-attentions"):
+        Recipe(transformer_methods=pair)
+    with pytest.raises(RecipeError, match="'transformer_methods' must be a list"):
+        Recipe.from_dict({"schema": 1, "transformer_methods": {}})
