@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.subjects import Subject
 from diffaccel.bench import describe_machine
 from diffaccel.comparison import Row, markdown_table
 from diffaccel.contest import Runner
@@ -59,15 +60,15 @@ def dominated(rows: Sequence[Row], row: Row) -> bool:
     return own is not None and any((psnr_of(other) or 0.0) > own + PSNR_MARGIN for other in line)
 
 
-def target(rows: Sequence[Row]) -> str:
-    """The promise about the preset `fast`, kept or not."""
+def target(rows: Sequence[Row], least: float = 3.0) -> str:
+    """The promise about the preset `fast` (`least` times fewer FLOPs), kept or not."""
     plain, fast = rows[0], next((row for row in rows if row.name == "fast"), None)
     if fast is None or fast.accuracy is None or plain.accuracy is None:
         return "`fast` was not measured."
     saving, kept = plain.flops / fast.flops, fast.accuracy.mean / plain.accuracy.mean
-    word = "met" if saving >= 3 and kept >= 0.98 and fast.steps == plain.steps else "missed"
+    word = "met" if saving >= least and kept >= 0.98 and fast.steps == plain.steps else "missed"
     return (
-        f"Target of `fast` (3x fewer FLOPs, 98 % of plain accuracy, same steps): **{word}**, {saving:.2f}x fewer FLOPs, "
+        f"Target of `fast` ({least:g}x fewer FLOPs, 98 % of plain accuracy, same steps): **{word}**, {saving:.2f}x fewer FLOPs, "
         f"{100 * kept:.1f} % of plain accuracy."
     )
 
@@ -79,6 +80,7 @@ class Page:
     runner: Runner
     machine: dict[str, Any]
     check: str
+    subject: Subject
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form of the conditions."""
@@ -88,6 +90,7 @@ class Page:
             "guidance": settings.guidance,
             "seed": settings.seed,
             "batch": settings.batch_size,
+            "call": dict(settings.call),
         }
         return {
             "machine": self.machine,
@@ -100,11 +103,11 @@ class Page:
         count = len(methods[0].images) if methods[0].images is not None else 0
         alone = [row for row in methods if row.name not in {known.name for known in rows}]
         sections = [
-            "# Fidelity on shapes-sd",
+            f"# Fidelity on {self.subject.name}",
             self._conditions(),
-            *_section("Presets", rows, "fidelity-presets.png"),
-            target(rows),
-            *_section(f"Methods alone, on the first {count} prompts", methods, "fidelity-methods.png"),
+            *_section("Presets", rows, f"{self.subject.stem}-presets.png"),
+            target(rows, self.subject.saving),
+            *_section(f"Methods alone, on the first {count} prompts", methods, f"{self.subject.stem}-methods.png"),
             "## The recipes",
             "\n".join(_recipe_line(row) for row in [*rows, *alone] if row.kind == "recipe"),
         ]

@@ -33,6 +33,14 @@ def methods_alone() -> list[Recipe]:
     ]
 
 
+def transformer_methods_alone() -> list[Recipe]:
+    """Every method for diffusion transformers at one or two strengths."""
+    return [
+        named("guidance above 1", GuidanceInterval(low=1.0)),
+        named("adaptive guidance 0.999", AdaptiveGuidance(threshold=0.999)),
+    ]
+
+
 def chosen_presets() -> list[Recipe]:
     """The presets that do something other than lower the steps: those are the line itself."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import fidelity, fidelity_table, models, peers, search, unet, unet_table
 from benchmarks.recipes import chosen_presets, methods_alone
+from benchmarks.subjects import SUBJECTS
 from diffaccel import GuidanceInterval, Recipe, SkipCache, StepSchedule
 from diffaccel.bench import Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
 from diffaccel.comparison import Row
@@ -276,8 +278,8 @@ def test_fidelity_end_to_end(
     monkeypatch.setattr(fidelity, "prepare", lambda options: tiny_runner)
     monkeypatch.setattr(fidelity, "chosen_presets", lambda: [fast])
     monkeypatch.setattr(fidelity, "methods_alone", lambda: [cache])
-    monkeypatch.setattr(fidelity, "LINE", (2, 4, 50))
-    monkeypatch.setattr(fidelity, "LONG_LINE", (5,))
+    subject = dataclasses.replace(SUBJECTS["shapes-sd"], line=(2, 4, 50), long_line=(5,))
+    monkeypatch.setitem(SUBJECTS, "shapes-sd", subject)
     fidelity.main(["--out", str(tmp_path), "--method-prompts", "2"])
     data = json.loads((tmp_path / "fidelity.json").read_text())
     presets, methods = data["presets"]["variants"], data["methods"]["variants"]
