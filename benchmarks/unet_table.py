@@ -47,7 +47,7 @@ def _markdown_row(row: dict[str, Any], decode: float) -> str:
 
 def _verdict(target: dict[str, Any]) -> str:
     faster = target["faster"]
-    word = "met" if target["met"] else "**missed**"
+    word = target["verdict"] if target["verdict"] == "met" else f"**{target['verdict']}**"
     return f"{target['promise']}: {word}, {faster['median']:.3f}x as fast ({faster['low']:.3f}-{faster['high']:.3f})"
 
 

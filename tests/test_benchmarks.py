@@ -162,11 +162,13 @@ def test_targets_compare_within_a_repetition() -> None:
     stock, empty = timing("stock", 1.0, 2.0), timing("empty recipe", 1.005, 2.01)
     ours, rival = timing("SkipCache(3)", 1.1, 2.2), timing("DeepCache(3)", 1.0, 2.0)
     first, second = unet.targets([stock, empty, ours, rival])
-    assert first["met"]
+    assert first["verdict"] == "met"
     assert first["faster"]["median"] == pytest.approx(1 / 1.005)
-    assert not second["met"]
+    assert second["verdict"] == "missed"
     assert second["faster"]["median"] == pytest.approx(1 / 1.1)
     assert "**missed**, 0.909x" in unet_table._verdict(second)
+    (undecided,) = unet.targets([timing("SkipCache(3)", 1.02, 1.01, 0.99), timing("DeepCache(3)", 1.0, 1.0, 1.0)])
+    assert undecided["verdict"] == "no difference beyond the noise"
 
 
 def test_fewer_steps_are_divided_by_the_steps_asked_for() -> None:
