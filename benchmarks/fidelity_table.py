@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from benchmarks.subjects import Subject
 from diffaccel.bench import describe_machine
 from diffaccel.comparison import Row, markdown_table
 from diffaccel.contest import Runner
 from diffaccel.frontier import Over, Quality, accuracy_of, line_at, psnr_of
+from diffaccel.quality import IDENTICAL_DB, Interval, bootstrap, psnr
 from diffaccel.recipe import Recipe
 
 PSNR_MARGIN = 0.3  # dB; closer than this to the line counts as on it
@@ -28,11 +32,32 @@ def against_line(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {"name": row.name}
         | {f"psnr_{over}": _above(rows, row, psnr_of, over) for over in ("flops", "evaluations")}
+        | {"psnr_flops_interval": vars(found) if (found := psnr_interval(rows, row)) else None}
         | {f"accuracy_{over}": _above(rows, row, accuracy_of, over) for over in ("flops", "evaluations")}
         | {"verdict": verdict(rows, row)}
         for row in rows
         if row.kind == "recipe"
     ]
+
+
+def psnr_interval(rows: Sequence[Row], row: Row) -> Interval | None:
+    """PSNR minus that of fewer steps at equal FLOPs with a bootstrap interval, picture by picture (same prompt and seed).
+
+    None outside the line, or where the pictures were not kept.
+    """
+    line = sorted((r for r in rows if r.kind == "fewer steps" and psnr_of(r) is not None), key=lambda r: r.flops)
+    for below, above in itertools.pairwise(line):
+        if below.flops <= row.flops <= above.flops and rows[0].images is not None:
+            own, low, high = (_psnr_by_picture(r, rows[0]) for r in (row, below, above))
+            weight = (row.flops - below.flops) / (above.flops - below.flops)
+            return bootstrap(own - (low + weight * (high - low)))
+    return None
+
+
+def _psnr_by_picture(row: Row, plain: Row) -> torch.Tensor:
+    assert row.images is not None
+    assert plain.images is not None
+    return psnr(row.images, plain.images).double().clamp(max=IDENTICAL_DB)
 
 
 def _above(rows: Sequence[Row], row: Row, value: Quality, over: Over) -> float | None:
@@ -138,9 +163,10 @@ def _recipe_line(row: Row) -> str:
 
 
 def _line_table(entries: Sequence[dict[str, Any]]) -> str:
+    entries = [entry | {"psnr_flops": _with_interval(entry)} for entry in entries]
     titles = {
         "name": "recipe",
-        "psnr_flops": "PSNR, equal FLOPs",
+        "psnr_flops": "PSNR, equal FLOPs [95 %]",
         "accuracy_flops": "accuracy, equal FLOPs",
         "psnr_evaluations": "PSNR, equal evaluations",
         "accuracy_evaluations": "accuracy, equal evaluations",
@@ -149,6 +175,11 @@ def _line_table(entries: Sequence[dict[str, Any]]) -> str:
     lines = [" | ".join(titles.values()), " | ".join("---" for _ in titles)]
     lines += [" | ".join(_cell(entry[key]) for key in titles) for entry in entries]
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _with_interval(entry: dict[str, Any]) -> str:
+    found = entry["psnr_flops_interval"]
+    return _cell(entry["psnr_flops"]) + (f" [{found['low']:+.1f}, {found['high']:+.1f}]" if found else "")
 
 
 def _cell(value: Any) -> str:

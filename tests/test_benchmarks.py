@@ -220,6 +220,23 @@ def test_distance_to_the_line_at_equal_flops_and_evaluations() -> None:
     assert entry["accuracy_evaluations"] == pytest.approx(-2)
 
 
+def test_distance_to_the_line_has_an_interval_over_pictures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.rand(12, 3, 8, 8, generator=generator) * 0.5 + 0.25
+
+    def shown(name: str, kind: Any, gflops: float, error: float) -> Row:
+        found = row(name, kind, gflops, -20 * math.log10(error)) if error else row(name, kind, gflops)
+        return dataclasses.replace(found, images=plain + error)
+
+    line = [shown("10 steps", "fewer steps", 20, 0.1), shown("20 steps", "fewer steps", 40, 0.01)]
+    rows = [shown("plain", "plain", 100, 0), *line, shown("a", "recipe", 30, 0.01)]
+    (entry,) = fidelity_table.against_line(rows)
+    assert entry["psnr_flops"] == pytest.approx(10)
+    assert entry["psnr_flops_interval"]["mean"] == pytest.approx(10, abs=0.01)
+    assert entry["psnr_flops_interval"]["low"] <= 10.01
+    assert "+10.0 [+10.0, +10.0]" in fidelity_table._line_table([entry])
+
+
 def test_the_promise_about_fast() -> None:
     assert "**met**, 4.00x fewer FLOPs, 98.9 %" in fidelity_table.target(rows_with(row("fast", "recipe", 25, 20, 0.89)))
     assert "**missed**" in fidelity_table.target(rows_with(row("fast", "recipe", 35, 20, 0.9)))
