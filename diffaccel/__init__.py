@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from diffaccel.errors import RecipeError as RecipeError
     from diffaccel.errors import Unsupported as Unsupported
     from diffaccel.methods import AdaptiveGuidance as AdaptiveGuidance
+    from diffaccel.methods import Forecast as Forecast
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
+    from diffaccel.methods import ResidualCache as ResidualCache
     from diffaccel.methods import SkipCache as SkipCache
     from diffaccel.methods import StepSchedule as StepSchedule
     from diffaccel.methods import TokenDownsampling as TokenDownsampling
@@ -38,6 +40,8 @@ _HOME = {
     "GuidanceInterval": "methods",
     "AdaptiveGuidance": "methods",
     "SkipCache": "methods",
+    "ResidualCache": "methods",
+    "Forecast": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",
     "StepSchedule": "methods",

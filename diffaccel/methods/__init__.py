@@ -1,7 +1,9 @@
 """The methods, one file each. Importing this package registers them all."""
 
 from diffaccel.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
+from diffaccel.methods.residual_cache import ResidualCache as ResidualCache
 from diffaccel.methods.skip_cache import SkipCache as SkipCache
 from diffaccel.methods.step_schedule import StepSchedule as StepSchedule
 from diffaccel.methods.token_downsampling import TokenDownsampling as TokenDownsampling

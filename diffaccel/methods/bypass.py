@@ -34,6 +34,10 @@ class Feature:
         self.stored = [entry for entry in self.stored if entry[1] != position]
         self.stored = [(value.detach().clone(), position), *self.stored][: self.order + 1]
 
+    def keep_rows(self, start: int, stop: int) -> None:
+        """Cut all stored values to some of their batch rows."""
+        self.stored = [(value[start:stop], position) for value, position in self.stored]
+
     def at(self, position: float | None) -> torch.Tensor:
         """F at `position` by Newton's polynomial through the stored values, always a new tensor.
 
@@ -84,8 +88,7 @@ class Bypass:
     def keep_rows(self, lane: Hashable, start: int, stop: int) -> None:
         """Cut what is stored for a lane to some of its batch rows."""
         if lane in self.features:
-            stored = self.features[lane].stored
-            self.features[lane].stored = [(value[start:stop], position) for value, position in stored]
+            self.features[lane].keep_rows(start, stop)
         for key in [key for key in self.blanks if key[0] == lane]:
             self.blanks[key] = _zeros_like(_cut(self.blanks[key], start, stop))
 

@@ -1,0 +1,86 @@
+"""Forecast: predict the end of the block stack from the last full evaluations instead of running the blocks.
+
+Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers" (arXiv 2503.06923), on ONE tensor
+instead of every attention and feed-forward output: Newton's polynomial of degree 1 or 2 through the values of the last full
+evaluations, over noise and not over steps, so that uneven schedules need no care. The embedding, the time and the head
+still run on every evaluation. On UNets the tensor is the one of the skip cache.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from diffaccel.errors import Unsupported
+from diffaccel.method import register
+from diffaccel.methods.block_bypass import FeatureStore, bypass_to_norm
+from diffaccel.methods.cache_plan import (
+    CachePlan,
+    CacheSettings,
+    Coordinate,
+    default_coordinate,
+    note_whole_controlnets,
+)
+from diffaccel.methods.residual_cache import attach_residual
+from diffaccel.methods.skip_cache import SkipCache
+from diffaccel.model_map import ModelMap
+from diffaccel.models.transformers import TransformerLayout
+from diffaccel.models.unet import UNetLayout
+from diffaccel.run import Run
+from diffaccel.seams import Seams
+
+
+@register
+class Forecast(CacheSettings):
+    """Run the blocks only on full evaluations; between them their end result is extrapolated. Off: interval 1.
+
+    Attributes:
+        order: degree of the polynomial, through the last two (1) or three (2) full evaluations. After fewer, what there
+            is decides: one alone is reused as it is.
+        target: "features" predicts what the output norm reads and ignores the latents of the evaluation; "residual"
+            predicts what the whole stack adds to the embedded latents, which are fresh. UNets know "features" only.
+        coordinate: axis of the extrapolation, "log_sigma" or "flow_time" (s = sigma / (1 + sigma)); None takes flow time
+            on flow models and log sigma on the others. UNets always use log sigma.
+        full_first: evaluations at the start that are always full; order + 1 of them make the first forecast a full one.
+    The other settings are those of every cache on a schedule; an evaluation is one denoiser call of the schedule. A full
+    one is forced when guidance rows, prompt embeddings, adapters or the picture size change. ControlNets run whole; what
+    they add between the blocks is predicted with the rest.
+    """
+
+    name: ClassVar[str] = "forecast"
+
+    order: Literal[1, 2] = 1
+    target: Literal["features", "residual"] = "features"
+    coordinate: Coordinate | None = None
+    full_first: int = Field(default=3, ge=1)
+
+    def check(self, model: ModelMap) -> None:
+        if not isinstance(model.layout, UNetLayout):
+            return
+        if self.target == "residual":
+            raise Unsupported('forecast: target "residual" needs a transformer; on UNets only "features" exists.')
+        if self.coordinate == "flow_time":
+            raise Unsupported("forecast: on UNets features are extrapolated in log sigma only.")
+        self._on_unet().check(model)
+
+    def _on_unet(self) -> SkipCache:
+        shared = CacheSettings.model_fields.keys()
+        return SkipCache(order=self.order, **{name: getattr(self, name) for name in shared})
+
+    def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
+        if isinstance(model.layout, UNetLayout):
+            run.note("forecast: on a UNet this is skip_cache with the same order; its counts are under that name.")
+            self._on_unet().attach(model, run, seams)
+        elif self.target == "residual":
+            attach_residual(self, (0, 0), self.order, self.coordinate, (model, run, seams))
+        else:
+            self._attach_features(model, run, seams)
+
+    def _attach_features(self, model: ModelMap, run: Run, seams: Seams) -> None:
+        store = FeatureStore(self.order)
+        CachePlan(self, store, model, run, self.name, self.coordinate or default_coordinate(model)).attach()
+        for _, layout in model.denoisers:
+            if isinstance(layout, TransformerLayout):
+                bypass_to_norm(layout, store, seams)
+        note_whole_controlnets(model, run, self.name)
