@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
     from diffaccel.methods import ResidualCache as ResidualCache
     from diffaccel.methods import SkipCache as SkipCache
+    from diffaccel.methods import StepReuse as StepReuse
     from diffaccel.methods import StepSchedule as StepSchedule
     from diffaccel.methods import TokenDownsampling as TokenDownsampling
     from diffaccel.methods import TokenMerging as TokenMerging
@@ -44,6 +45,7 @@ _HOME = {
     "Forecast": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",
+    "StepReuse": "methods",
     "StepSchedule": "methods",
     "load_miniature": "miniatures",
     "load_judge": "miniatures",

@@ -5,6 +5,7 @@ from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
 from diffaccel.methods.residual_cache import ResidualCache as ResidualCache
 from diffaccel.methods.skip_cache import SkipCache as SkipCache
+from diffaccel.methods.step_reuse import StepReuse as StepReuse
 from diffaccel.methods.step_schedule import StepSchedule as StepSchedule
 from diffaccel.methods.token_downsampling import TokenDownsampling as TokenDownsampling
 from diffaccel.methods.token_merging import TokenMerging as TokenMerging
