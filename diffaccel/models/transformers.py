@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+ATTACHED_BRANCHES = "skip_branches"  # attribute of a transformer that holds attached long skips
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -36,6 +38,8 @@ class TransformerLayout:
         head: makes the output patches.
         patch: side of a token in latent cells; 1 where the pipeline packs the latents itself.
         long_skips: pairs (i, j) of block numbers: block j reads what block i returned, from the outside in.
+        fuses: modules that join the long skips to the stream, in the order of `long_skips`, where they lie outside the
+            blocks (`diffaccel.add_skip_branches`); empty for native long skips.
     """
 
     stacks: tuple[Stack, ...]
@@ -44,11 +48,25 @@ class TransformerLayout:
     head: nn.Module
     patch: int
     long_skips: tuple[tuple[int, int], ...] = ()
+    fuses: tuple[nn.Module, ...] = ()
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """All main blocks in execution order."""
         return tuple(block for stack in self.stacks for block in stack.blocks)
+
+
+@dataclass(frozen=True)
+class ControlLayout:
+    """A ControlNet that follows the first blocks of a transformer with long skips.
+
+    Attributes:
+        blocks: its blocks in call order; block i stands for block i of the transformer.
+        outputs: module i makes the residual of long skip i from what block i returned.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    outputs: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True)
@@ -121,10 +139,30 @@ def describe_transformer(network: nn.Module) -> TransformerLayout | None:
     stacks = tuple(Stack(name, _blocks(network, name), outputs) for name, outputs in entry.stacks)
     stacks = tuple(stack for stack in stacks if stack.blocks)
     norm = None if entry.norm is None else getattr(network, entry.norm)
-    skips = entry.long_skips(sum(len(stack.blocks) for stack in stacks))
+    count = sum(len(stack.blocks) for stack in stacks)
+    skips, fuses = entry.long_skips(count), _attached_branches(network)
     return TransformerLayout(
-        stacks, getattr(network, entry.embed), norm, getattr(network, entry.head), entry.patch(network.config), skips
+        stacks,
+        getattr(network, entry.embed),
+        norm,
+        getattr(network, entry.head),
+        entry.patch(network.config),
+        skips or tuple((i, count - 1 - i) for i in range(len(fuses))),
+        fuses,
     )
+
+
+def describe_control(net: nn.Module) -> ControlLayout | None:
+    """Layout of a ControlNet whose residuals go to long skips; None for any other network."""
+    if type(net).__name__ != "HunyuanDiT2DControlNetModel":
+        return None
+    return ControlLayout(_blocks(net, "blocks"), _blocks(net, "controlnet_blocks"))
+
+
+def _attached_branches(network: nn.Module) -> tuple[nn.Module, ...]:
+    """Skip branches that the user attached, from the outside in (diffaccel/skip_branches.py)."""
+    branches: Any = getattr(network, ATTACHED_BRANCHES, ())
+    return tuple(branches)
 
 
 def _blocks(network: nn.Module, name: str) -> tuple[nn.Module, ...]:

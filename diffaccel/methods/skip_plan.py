@@ -1,0 +1,56 @@
+"""When the skip cache recomputes: the plan of all caches, and ControlNets that stop where the denoiser does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from diffaccel.errors import Unsupported
+from diffaccel.methods.bypass import Bypass
+from diffaccel.methods.cache_plan import CachePlan, CacheSettings, Seen, default_coordinate
+from diffaccel.model_map import ModelMap
+from diffaccel.models.unet import UNetLayout
+from diffaccel.run import Call, Layer, Proceed, Run
+
+if TYPE_CHECKING:
+    from diffaccel.methods.skip_cache import SkipCache
+
+
+class SkipPlan(CachePlan):
+    """The decision for every evaluation, for the denoiser and for the ControlNets that are called before it."""
+
+    def __init__(self, settings: SkipCache, bypass: Bypass, model: ModelMap, run: Run, tag: Any) -> None:
+        coordinate = "log_sigma" if isinstance(model.layout, UNetLayout) else default_coordinate(model)
+        # it has all their fields, but cannot inherit them: their file imports the schedules of its file
+        super().__init__(cast("CacheSettings", settings), bypass, model, run, tag, coordinate)
+        self.used_by_controlnet = False
+
+    def attach(self) -> None:
+        """Take part in the run's evaluations."""
+        super().attach()
+        self.run.around("controlnet", Layer.SKIP, self.around_controlnet)
+
+    def decide(self) -> None:
+        """Decide the evaluation before its first network is called."""
+        super().decide()
+        self.used_by_controlnet = False
+
+    def around_controlnet(self, call: Call, proceed: Proceed) -> Any:
+        """Stop a ControlNet after the residuals that a cached evaluation of the denoiser still uses."""
+        self._follow_latch(call)
+        known = self.seen.get(call.lane)
+        if self.cached and (known is None or not known.same(call)):
+            self._force_full(call)
+        if not self.cached:
+            self.seen[call.lane] = Seen.of(call)
+        self.used_by_controlnet = self.cached
+        self.run.count(self.settings.name, **{"controlnet early exits": int(self.cached)})
+        with self.store.active(call.lane, cached=self.cached):
+            return proceed(call.tagged(self.tag, complete=False) if self.cached else call)
+
+    def _force_full(self, call: Call) -> None:
+        if self.used_by_controlnet:
+            raise Unsupported(
+                "skip_cache: the denoiser's inputs changed within a step in which its ControlNet was cut short; "
+                "change prompts and adapters between steps."
+            )
+        super()._force_full(call)
