@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffaccel.methods import AdaptiveGuidance as AdaptiveGuidance
     from diffaccel.methods import Forecast as Forecast
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
+    from diffaccel.methods import RegionSampling as RegionSampling
     from diffaccel.methods import ResidualCache as ResidualCache
     from diffaccel.methods import SkipCache as SkipCache
     from diffaccel.methods import StepReuse as StepReuse
@@ -41,6 +42,7 @@ _HOME = {
     "GuidanceInterval": "methods",
     "AdaptiveGuidance": "methods",
     "SkipCache": "methods",
+    "RegionSampling": "methods",
     "ResidualCache": "methods",
     "Forecast": "methods",
     "TokenMerging": "methods",

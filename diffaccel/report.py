@@ -5,7 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from diffaccel.errors import Unsupported
 from diffaccel.run import Evaluation, Run
+
+
+@dataclass
+class RegionCounts:
+    """How often each token was computed by region sampling.
+
+    Attributes:
+        counts: (images, h, w) int64 over the token grid.
+        evaluations: evaluations of the network; no count is larger.
+    """
+
+    counts: torch.Tensor
+    evaluations: int = 0
+
+    @classmethod
+    def empty(cls, images: int, grid: tuple[int, int]) -> RegionCounts:
+        """No evaluation yet."""
+        return cls(torch.zeros(images, *grid, dtype=torch.int64))
+
+    def add(self, computed: torch.Tensor) -> None:
+        """One evaluation: (images, tokens) bool; tokens behind those of the picture are left out."""
+        _, height, width = self.counts.shape
+        seen = computed[:, : height * width].unflatten(1, (height, width))
+        self.counts = self.counts.to(seen.device) + seen
+        self.evaluations += 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +54,7 @@ class Report:
         methods: per method, what it did.
         notes: sentences worth reading: fallbacks, blocks left alone, settings without effect.
         trace: one entry per executed network call (network, evaluation, sigma, rows, flops, what the methods decided).
+        regions: how often each token was computed; None without region sampling.
     """
 
     steps: int
@@ -37,6 +68,37 @@ class Report:
     methods: dict[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
     trace: tuple[Evaluation, ...] = field(default=(), repr=False)
+    regions: RegionCounts | None = field(default=None, repr=False)
+
+    def region_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How often each token was computed: (images, h, w) over the token grid.
+
+        Raises:
+            Unsupported: no region sampling took place in this call.
+        """
+        if self.regions is None:
+            raise Unsupported("no region sampling took place in this call, so there is no map of regions.")
+        counts: np.ndarray[Any, np.dtype[np.int64]] = self.regions.counts.cpu().numpy()
+        return counts
+
+    def region_map(self, image: int = 0, size: int = 512) -> Image.Image:
+        """A grey picture of how often each region was computed: white on every evaluation, black never.
+
+        Args:
+            image: which of the call's pictures.
+            size: longer side in pixels.
+        Raises:
+            Unsupported: no region sampling took place, or there is no such picture.
+        """
+        counts = self.region_counts()
+        if not 0 <= image < len(counts):
+            raise Unsupported(f"this call made {len(counts)} pictures; there is no picture {image}.")
+        assert self.regions is not None
+        grey = np.rint(counts[image] * (255 / self.regions.evaluations)).astype(np.uint8)
+        height, width = grey.shape
+        scale = size / max(height, width)
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return Image.fromarray(grey).resize(shape, Image.Resampling.NEAREST)
 
     @property
     def flops_ratio(self) -> float:
@@ -64,6 +126,8 @@ class Report:
 def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed: bool) -> Report:
     """Sum up a run. `completed` says whether the pipeline returned normally."""
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
+    # a method's counters go to JSON as they are; its map of the picture does not
+    regions = [counter.pop("regions") for counter in run.counters.values() if "regions" in counter]
     return Report(
         steps=run.clock.step + 1,
         evaluations=sum(e.rows > 0 for e in denoiser),
@@ -76,6 +140,7 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
         methods=run.counters,
         notes=tuple(run.notes),
         trace=tuple(run.evaluations),
+        regions=regions[0] if regions else None,
     )
 
 

@@ -3,6 +3,7 @@
 from diffaccel.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
 from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
+from diffaccel.methods.region_sampling import RegionSampling as RegionSampling
 from diffaccel.methods.residual_cache import ResidualCache as ResidualCache
 from diffaccel.methods.skip_cache import SkipCache as SkipCache
 from diffaccel.methods.step_reuse import StepReuse as StepReuse
