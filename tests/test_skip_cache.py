@@ -10,7 +10,7 @@ from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet
 import diffaccel
 from diffaccel import SkipCache
 from diffaccel.methods.bypass import Bypass, Feature, bypass_unet
-from diffaccel.methods.skip_cache import full_evaluations
+from diffaccel.methods.cache_plan import full_evaluations
 from diffaccel.models.unet import describe_unet
 from diffaccel.seams import Seams
 

@@ -17,7 +17,6 @@ from pydantic import Field, field_validator
 
 from diffaccel.method import Method
 from diffaccel.methods.conditions import _VARYING, AdapterProbe, Conditions
-from diffaccel.methods.skip_cache import full_evaluations
 from diffaccel.model_map import ModelMap
 from diffaccel.noise import is_flow
 from diffaccel.run import Call, Layer, Proceed, Run, describe_shapes
@@ -69,6 +68,20 @@ class CacheSettings(Method):
     @property
     def is_off(self) -> bool:
         return self.interval == 1 and not isinstance(self.schedule, tuple)
+
+
+def full_evaluations(total: int, interval: int, schedule: str | tuple[int, ...]) -> frozenset[int]:
+    """Indices of the full evaluations of a run of `total`, before anything is forced.
+
+    "early" and "late" place ceil(total / interval) indices at total * x^1.5 or its mirror image, x evenly spaced.
+    """
+    if isinstance(schedule, tuple):
+        return frozenset(schedule)
+    count = math.ceil(total / interval)
+    if schedule == "uniform":
+        return frozenset(range(0, total, interval))
+    early = [round(total * (k / count) ** 1.5) for k in range(count)]
+    return frozenset(early if schedule == "early" else [0] + [total - 1 - index for index in early])
 
 
 class Store(Protocol):

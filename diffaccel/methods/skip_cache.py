@@ -11,25 +11,26 @@ IP-Adapter, ControlNet residuals, LoRA scales and offload hooks need no special 
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import nn
 
 from diffaccel.errors import Unsupported
-from diffaccel.method import Method, register
+from diffaccel.method import register
 from diffaccel.methods.bypass import Bypass, bypass_controlnet, bypass_unet
+from diffaccel.methods.cache_plan import CacheSettings
 from diffaccel.methods.long_skips import BlockBypass, bypass_blocks, bypass_control, usable_pairs
+from diffaccel.methods.skip_plan import SkipPlan
 from diffaccel.model_map import Layout, ModelMap
 from diffaccel.models.transformers import TransformerLayout, describe_control
 from diffaccel.models.unet import UNetLayout
-from diffaccel.run import Layer, Run
+from diffaccel.run import Run
 from diffaccel.seams import Seams
 
 
 @register
-class SkipCache(Method):
+class SkipCache(CacheSettings):
     """Recompute the deep part of the network only on full evaluations.
 
     Attributes:
@@ -50,34 +51,9 @@ class SkipCache(Method):
     """
 
     name: ClassVar[str] = "skip_cache"
-    layer: ClassVar[Layer] = Layer.SKIP
 
-    interval: int = Field(default=3, ge=1)
     depth: int | None = Field(default=None, ge=0)
-    schedule: Literal["uniform", "early", "late"] | tuple[int, ...] = "uniform"
-    window: tuple[float, float] | None = None
     order: Literal[0, 1, 2] = 1
-    full_first: int = Field(default=1, ge=1)
-    full_last: int = Field(default=1, ge=0)
-    min_evaluations: int = Field(default=9, ge=1)
-
-    @field_validator("window")
-    @classmethod
-    def _ordered(cls, window: tuple[float, float] | None) -> tuple[float, float] | None:
-        if window is not None and not window[0] > window[1] >= 0:
-            raise ValueError("window is (high, low) in EDM sigma with high > low >= 0")
-        return window
-
-    @field_validator("schedule")
-    @classmethod
-    def _counted(cls, schedule: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(schedule, tuple) and any(index < 0 for index in schedule):
-            raise ValueError("evaluation indices start at 0")
-        return schedule
-
-    @property
-    def is_off(self) -> bool:
-        return self.interval == 1 and not isinstance(self.schedule, tuple)
 
     def check(self, model: ModelMap) -> None:
         depth, kind = self.depth_for(model), "UNet" if isinstance(model.layout, UNetLayout) else "transformer"
@@ -96,8 +72,6 @@ class SkipCache(Method):
         return max(depths[0], min(model.convention.default_depth, depths[-1]))
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        from diffaccel.methods.skip_plan import SkipPlan  # noqa: PLC0415  (its base uses the schedules of this file)
-
         depth = self.depth_for(model)
         if isinstance(model.layout, UNetLayout):
             bypass = Bypass(self.order)
@@ -139,17 +113,3 @@ def _depths(network: nn.Module, layout: Layout) -> range:
             "trained ones with diffaccel.add_skip_branches."
         )
     return range(1, usable_pairs(layout) + 1)
-
-
-def full_evaluations(total: int, interval: int, schedule: str | tuple[int, ...]) -> frozenset[int]:
-    """Indices of the full evaluations of a run of `total`, before anything is forced.
-
-    "early" and "late" place ceil(total / interval) indices at total * x^1.5 or its mirror image, x evenly spaced.
-    """
-    if isinstance(schedule, tuple):
-        return frozenset(schedule)
-    count = math.ceil(total / interval)
-    if schedule == "uniform":
-        return frozenset(range(0, total, interval))
-    early = [round(total * (k / count) ** 1.5) for k in range(count)]
-    return frozenset(early if schedule == "early" else [0] + [total - 1 - index for index in early])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from diffaccel.errors import Unsupported
 from diffaccel.methods.bypass import Bypass
-from diffaccel.methods.cache_plan import CachePlan, CacheSettings, Seen, default_coordinate
+from diffaccel.methods.cache_plan import CachePlan, Seen, default_coordinate
 from diffaccel.model_map import ModelMap
 from diffaccel.models.unet import UNetLayout
 from diffaccel.run import Call, Layer, Proceed, Run
@@ -20,8 +20,7 @@ class SkipPlan(CachePlan):
 
     def __init__(self, settings: SkipCache, bypass: Bypass, model: ModelMap, run: Run, tag: Any) -> None:
         coordinate = "log_sigma" if isinstance(model.layout, UNetLayout) else default_coordinate(model)
-        # it has all their fields, but cannot inherit them: their file imports the schedules of its file
-        super().__init__(cast("CacheSettings", settings), bypass, model, run, tag, coordinate)
+        super().__init__(settings, bypass, model, run, tag, coordinate)
         self.used_by_controlnet = False
 
     def attach(self) -> None:
