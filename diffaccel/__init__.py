@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from diffaccel.recipe import Recipe as Recipe
     from diffaccel.recipe import presets as presets
     from diffaccel.report import Report as Report
+    from diffaccel.skip_branches import add_skip_branches as add_skip_branches
+    from diffaccel.skip_branches import load_skip_branches as load_skip_branches
+    from diffaccel.skip_branches import remove_skip_branches as remove_skip_branches
+    from diffaccel.skip_branches import save_skip_branches as save_skip_branches
     from diffaccel.wrapping import AcceleratedPipeline as AcceleratedPipeline
     from diffaccel.wrapping import wrap as wrap
 
@@ -49,6 +53,10 @@ _HOME = {
     "TokenDownsampling": "methods",
     "StepReuse": "methods",
     "StepSchedule": "methods",
+    "add_skip_branches": "skip_branches",
+    "load_skip_branches": "skip_branches",
+    "remove_skip_branches": "skip_branches",
+    "save_skip_branches": "skip_branches",
     "load_miniature": "miniatures",
     "load_judge": "miniatures",
     "DiffaccelError": "errors",

@@ -1,5 +1,7 @@
 """The only file that assigns to other people's objects. Every change is undone by the `Seams` that made it.
 
+The exception is `Addition`, an edit that the user asked for and that stays until the user takes it back.
+
 Facts this file relies on (checked against diffusers 0.42 and accelerate 1.15):
 - `nn.Module.__call__` looks up `self.forward`, so an instance attribute `forward` takes precedence over the class.
 - accelerate's offload hooks also live in the instance attribute `forward`. `enable_model_cpu_offload` is run again at
@@ -18,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from diffaccel.errors import Unsupported
 
@@ -71,6 +74,32 @@ class Seams:
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the run ends, in reverse order with the other undo steps."""
         self._undo.callback(callback)
+
+
+class Addition:
+    """A child module and hooks added to a network, and how to take exactly them away again.
+
+    Torch's own hooks are used because they outlive what others do to `forward` (offload hooks, methods of a run), are
+    copied with the network by `copy.deepcopy`, and leave nothing behind.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, child: nn.Module) -> None:
+        owner.add_module(name, child)
+        self._name, self._handles = name, list[RemovableHandle]()
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before `module`; it may return other (args, kwargs)."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, output)` after `module`."""
+        self._handles.append(module.register_forward_hook(hook))
+
+    def take_back(self, owner: nn.Module) -> None:
+        """Remove the hooks, and the child from the network it was added to (or from that network's copy)."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(owner, self._name)
 
 
 def _put_back(owner: Any, name: str, ours: Any, before: Any) -> None:
