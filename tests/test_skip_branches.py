@@ -17,6 +17,7 @@ from diffaccel import SkipCache, Unsupported
 from diffaccel.methods.long_skips import BlockBypass, bypass_blocks
 from diffaccel.models.transformers import describe_transformer
 from diffaccel.seams import Seams
+from training.skip_branches import Example, Recorder, Runs, Student, draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # inside diffusers
 
@@ -402,6 +403,41 @@ def test_blocks_left_out_leave_their_branch_out():
     trained(diffaccel.add_skip_branches(model))
     model(**given, skip_layers=[5])  # block 0 is kept for a partner that never comes
     assert torch.equal(model(**given, skip_layers=[0]).sample, without)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("full", "earlier"), [((0, 2, 3, 4), 0), ((0, 1, 2, 4, 5), 1)])
+def test_training_examples_are_what_the_cache_computes(full, earlier):
+    """A recorded run, and the cached evaluation of a run that is full until then: the same output but for rounding."""
+    pipe = tiny_pipeline("sd3")
+    trained(diffaccel.add_skip_branches(pipe.transformer))
+    recorder = Recorder(pipe.transformer)
+    run(pipe, "sd3", steps=6)
+    runs = recorder.runs()
+    now = min(set(range(6)) - set(full))
+    recorder = Recorder(pipe.transformer)
+    run(diffaccel.wrap(pipe, SkipCache(schedule=full, full_last=0, min_evaluations=1)), "sd3", steps=6)
+    want = recorder.runs().outputs[now]
+    index = [torch.full((2,), value) for value in (now, now - 1, earlier)]
+    with Seams() as seams:
+        got = Student(pipe.transformer, seams)(runs, Example(torch.arange(2), *index))
+    assert torch.allclose(got, want, rtol=0.01, atol=0.01)
+    assert not torch.allclose(got, runs.outputs[now], rtol=0.01, atol=0.01)
+
+
+def test_training_batches_stay_inside_the_runs():
+    """Every age below the interval occurs, fresh ones too; no full evaluation lies outside the run."""
+    runs = Runs(torch.zeros(9, 5, 1, 1, 1), *[torch.zeros(1)] * 5)
+    ages = set()
+    for seed in range(40):
+        batch = draw(runs, torch.Generator().manual_seed(seed))
+        ages |= set((batch.now - batch.full).tolist())
+        assert batch.now.max() < 9
+        assert batch.earlier.min() >= 0
+        assert batch.rows.max() < 5
+        gap = batch.full - batch.earlier
+        assert ((gap == 0) | (gap > batch.now - batch.full)).all()
+    assert ages == {0, 1, 2, 3}
 
 
 @torch.no_grad()

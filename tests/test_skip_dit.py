@@ -18,6 +18,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 import diffaccel
 from diffaccel import SkipCache
+from diffaccel.flops import count_flops
 from diffaccel.methods.long_skips import BlockBypass, bypass_blocks, bypass_control, usable_pairs
 from diffaccel.models.transformers import describe_control, describe_transformer
 from diffaccel.seams import Seams
@@ -397,3 +398,36 @@ def test_only_nested_pairs_from_the_outside_count(pairs, usable):
     layout = describe_transformer(tiny_hunyuan())
     assert usable_pairs(layout) == BLOCKS // 2 - 1
     assert usable_pairs(replace(layout, long_skips=pairs)) == usable
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_report_has_the_flops_that_a_counter_sees(depth):
+    """Full and cached calls of a run against the bare model with and without its inner blocks."""
+    model, given = tiny_hunyuan(), inputs()
+    whole = count_flops(lambda: model(**given))[1]
+    fast = diffaccel.wrap(tiny_pipeline(), SkipCache(interval=3, depth=depth))
+    run(fast)
+    flops = {bool(e.tags): e.flops for e in fast.report.trace}
+    assert flops[False] == whole
+    skipped = sum(_block_flops(model, given, number) for number in range(depth, BLOCKS - depth))
+    assert flops[True] == whole - skipped
+
+
+def _block_flops(model, given, number):
+    """FLOPs of one block inside a whole call."""
+    found = []
+    block = model.blocks[number]
+    original = block.forward
+
+    def counted(*args, **kwargs):
+        output, flops = count_flops(lambda: original(*args, **kwargs))
+        found.append(flops)
+        return output
+
+    block.forward = counted
+    try:
+        model(**given)
+    finally:
+        del block.forward
+    return found[0]
