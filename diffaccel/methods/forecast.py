@@ -79,7 +79,8 @@ class Forecast(CacheSettings):
 
     def _attach_features(self, model: ModelMap, run: Run, seams: Seams) -> None:
         store = FeatureStore(self.order)
-        CachePlan(self, store, model, run, self.name, self.coordinate or default_coordinate(model)).attach()
+        coordinate = self.coordinate or default_coordinate(model)
+        CachePlan(self, store, model, run, (self.name,), coordinate).attach()
         for _, layout in model.denoisers:
             if isinstance(layout, TransformerLayout):
                 bypass_to_norm(layout, store, seams)
