@@ -33,7 +33,7 @@ class RegionCounts:
     def add(self, computed: torch.Tensor) -> None:
         """One evaluation: (images, tokens) bool; tokens behind those of the picture are left out."""
         _, height, width = self.counts.shape
-        seen = computed[:, : height * width].unflatten(1, (height, width))
+        seen = computed[:, : height * width].reshape(-1, height, width)
         self.counts = self.counts.to(seen.device) + seen
         self.evaluations += 1
 

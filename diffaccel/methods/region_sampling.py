@@ -161,11 +161,14 @@ class _Regions:
         self.adapters: Any = None
         self.guided = True
         self.arguments: Mapping[str, Any] = {}
-        if config.frozen == "reuse" and getattr(model.pipe.scheduler.config, "solver_order", 1) > 1:
-            run.note(
-                f"{config.name}: a multistep solver sees the lag of a reused token as a jump; "
-                "frozen='forecast' fits it better."
-            )
+        self._note_solver(model.pipe.scheduler.config)
+
+    def _note_solver(self, scheduler: Mapping[str, Any]) -> None:
+        name = self.config.name
+        if self.config.frozen == "reuse" and scheduler.get("solver_order", 1) > 1:
+            self.run.note(f"{name}: a multistep solver sees a reused token jump; frozen='forecast' fits it better.")
+        if scheduler.get("thresholding", False):
+            self.run.note(f"{name}: the scheduler's thresholding mixes tokens of different age.")
 
     def plan(self) -> None:
         """Decide a solver step at its first evaluation: dense, or which tokens."""

@@ -33,7 +33,7 @@ def split_cells(output: torch.Tensor, patch: int, cells: int) -> torch.Tensor:
         cells: cells in a token, for packed latents.
     """
     if output.dim() == 3:
-        return output.unflatten(-1, (-1, cells))
+        return output.reshape(*output.shape[:2], -1, cells)
     images, channels, height, width = output.shape
     tiles = output.reshape(images, channels, height // patch, patch, width // patch, patch)
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
@@ -46,7 +46,8 @@ def spread(cells: torch.Tensor) -> torch.Tensor:
 
 def length(cells: torch.Tensor) -> torch.Tensor:
     """Euclidean norm over the channels, averaged over a token's cells, in fp32: (images, tokens)."""
-    return cells.float().norm(dim=2).mean(dim=-1)
+    norm: torch.Tensor = torch.linalg.vector_norm(cells.float(), dim=2)
+    return norm.mean(dim=-1)
 
 
 def active_count(tokens: int, ratio: float) -> int:
@@ -99,7 +100,7 @@ def flat_index(index: torch.Tensor, tokens: int, before: int = 0) -> torch.Tenso
 
 def gather_rows(values: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """Rows of (rows, tokens, ...) by flat number: (rows, active, ...)."""
-    return values.flatten(0, 1).index_select(0, flat).unflatten(0, (values.shape[0], -1))
+    return values.flatten(0, 1).index_select(0, flat).view(values.shape[0], -1, *values.shape[2:])
 
 
 def rows_of_branches(index: torch.Tensor, call: Call) -> torch.Tensor:

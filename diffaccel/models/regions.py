@@ -95,14 +95,14 @@ class _Entry:
 def rotate_pairs(x: torch.Tensor, table: Table) -> torch.Tensor:
     """Rotate neighbouring pairs by angles given as (cos, sin), in fp32: x cos + (-x1, x0) sin."""
     cos, sin = table
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 def rotate_complex(x: torch.Tensor, table: Table) -> torch.Tensor:
     """Rotate neighbouring pairs, read as complex numbers, by unit complex numbers, in fp32."""
-    numbers = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    numbers = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(numbers * table[0]).flatten(-2).to(x.dtype)
 
 
