@@ -236,7 +236,7 @@ class Run:
 
     Attributes:
         clock: the only step counter; methods read it and never count for themselves.
-        row_order, calls, sample_name, listed: the pipeline's convention (pipelines/conventions.py).
+        row_order, calls, sample_name, listed, lengths: the pipeline's convention (pipelines/conventions.py).
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
         guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
@@ -254,6 +254,7 @@ class Run:
     calls: str = "stacked"
     sample_name: str = "sample"
     listed: frozenset[str] = frozenset()
+    lengths: frozenset[str] = frozenset()
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
     guided: bool = True
@@ -335,7 +336,8 @@ class Run:
         return self.row_order if rows == len(self.row_order) * self.images else ()
 
     def _execute(self, network: str, original: Forward, stock_rows: int, call: Call) -> Any:
-        key = (network, call.tags, describe_shapes(call.arguments))
+        lengths = tuple(_longest(call.arguments.get(name)) for name in sorted(self.lengths))
+        key = (network, call.tags, describe_shapes(call.arguments), lengths)
         output, flops = self.ledger.count(key, lambda: self._original(original, call))
         dense = (flops + call.saved_flops) / call.rows if call.complete else None
         self.evaluations.append(
@@ -348,6 +350,11 @@ class Run:
             return original(**call.arguments)
         arguments = {**call.arguments, self.sample_name: list(call.sample.unbind())}
         return map_output(original(**arguments), _stack)
+
+
+def _longest(mask: Any) -> int | None:
+    """Ones in the fullest row of a (rows, tokens) mask."""
+    return int(mask.sum(dim=1).max()) if isinstance(mask, torch.Tensor) else None
 
 
 def _stack(rows: Any) -> torch.Tensor:

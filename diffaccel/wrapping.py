@@ -68,6 +68,7 @@ class AcceleratedPipeline:
             convention.calls,
             convention.sample,
             convention.listed,
+            convention.lengths,
             measured=self._measured,
         )
         methods = [method for method in self.recipe.methods if not method.is_off]

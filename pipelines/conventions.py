@@ -27,6 +27,7 @@ class Convention:
         row_order: guidance branches in the order they are stacked along the batch.
         batched: arguments of the denoiser and ControlNet that have one row per batch row.
         listed: arguments that are lists with one entry per batch row. If `sample` is among them, so is the prediction.
+        lengths: masks whose number of ones, not only whose shape, decides how much the network computes.
         scheduler_time: True if the `timestep` argument is in the scheduler's own units.
         prediction_sign: -1 if the pipeline negates the prediction before the scheduler sees it.
         images: number of pictures from the pipeline call's arguments, for pipelines without `prepare_latents`.
@@ -44,6 +45,7 @@ class Convention:
     row_order: tuple[str, ...] = ("uncond", "cond")
     batched: frozenset[str] = frozenset()
     listed: frozenset[str] = frozenset()
+    lengths: frozenset[str] = frozenset()
     scheduler_time: bool = True
     prediction_sign: int = 1
     images: Callable[[Mapping[str, Any]], int] | None = None

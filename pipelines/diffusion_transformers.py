@@ -89,7 +89,13 @@ CONVENTIONS = (
     _family("pixart", "PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     _family("hunyuan-dit", "HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline", default_depth=1),
     _family("lumina-next", "LuminaPipeline", row_order=("cond", "uncond"), prediction_sign=-1),
-    _family("lumina2", "Lumina2Pipeline", calls="separate", prediction_sign=-1),
+    _family(
+        "lumina2",
+        "Lumina2Pipeline",
+        calls="separate",
+        prediction_sign=-1,
+        lengths=frozenset({"encoder_attention_mask"}),  # padding of prompts is cut off inside the network
+    ),
     _family("auraflow", "AuraFlowPipeline"),
     _family(
         "sana-sprint",
