@@ -6,6 +6,7 @@ of one cell, Sana 32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def _randomise(network: nn.Module, seed: int) -> Any:
 
 def _network(cls: str, seed: int = 0, **config: Any) -> Any:
     torch.manual_seed(seed)
-    return _randomise(getattr(diffusers, cls)(**config), seed + 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # FluxControlNetModel uses an old name of its position embedding
+        return _randomise(getattr(diffusers, cls)(**config), seed + 10)
 
 
 def tiny_vae(channels: int = 4, seed: int = 1) -> AutoencoderKL:
@@ -61,7 +64,7 @@ def tiny_vae(channels: int = 4, seed: int = 1) -> AutoencoderKL:
         shift_factor=0.1,
         scaling_factor=1.5,
     )
-    with torch.no_grad():  # no spread: ControlNet pipelines draw the encoded picture from the global generator
+    with torch.no_grad():  # next to no spread, so that an encoded picture does not depend on its batch
         vae.quant_conv.weight[channels:] = 0
         vae.quant_conv.bias[channels:] = -30
     return vae.eval()
@@ -434,7 +437,8 @@ SEPARATE = (
     "wan",
     "wan-2.2",
 )
-NO_CALLBACK = ("pixart-alpha", "pixart-sigma", "dit")  # pipelines without callback_on_step_end
+# Pipelines without callback_on_step_end, and pipelines that never look whether they were interrupted.
+NO_INTERRUPT = ("pixart-alpha", "pixart-sigma", "dit", "lumina-next", "lumina2", "auraflow")
 SQUARE_ONLY = ("dit",)
 
 
@@ -509,6 +513,8 @@ def tiny_inputs(
     """
     cell = 32 if kind == "sana" else 8
     height, width = size[0] * cell, size[1] * cell
+    if kind == "z-image" and guidance <= 1:
+        guidance = 0.0  # it guides with any scale above 0
     common: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(seed + first + k) for k in range(batch)],
         "num_inference_steps": steps,
@@ -549,11 +555,11 @@ def tiny_inputs(
 def _pictures(kind: str, batch: int, first: int, height: int, width: int) -> dict[str, Any]:
     picture = _picture(batch, first, height, width)
     if kind.endswith("img2img"):
-        return {"image": picture, "strength": 0.9}
+        return {"image": picture, "strength": 0.8}
     if kind.endswith("inpaint"):
         mask = torch.zeros(batch, 1, height, width)
         mask[..., : height // 2, :] = 1
-        return {"image": picture, "mask_image": mask, "strength": 0.9}
+        return {"image": picture, "mask_image": mask, "strength": 0.8}
     if kind.endswith("controlnet"):
         return {"control_image": picture, "controlnet_conditioning_scale": 0.7}
     return {}
@@ -561,6 +567,7 @@ def _pictures(kind: str, batch: int, first: int, height: int, width: int) -> dic
 
 def call(pipe: Any, kind: str, *, changes: dict[str, Any] | None = None, **options: Any) -> torch.Tensor:
     """One call with `tiny_inputs(kind, **options)` and pipeline arguments `changes` on top."""
+    torch.manual_seed(0)  # ControlNet pipelines draw the encoded picture from the global generator
     output = pipe(**{**tiny_inputs(kind, **options), **(changes or {})})
     return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images).float()
 
