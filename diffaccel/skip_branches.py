@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from diffaccel.errors import Unsupported
@@ -135,12 +135,12 @@ def save_skip_branches(transformer: nn.Module, path: str | os.PathLike[str]) -> 
     facts = _facts(transformer, len(branches))
     temporary = target.with_name(target.name + ".part")
     try:
-        save_file(tensors, temporary, metadata={"skip_branches": json.dumps(facts)})
+        temporary.write_bytes(save(tensors, metadata={"skip_branches": json.dumps(facts)}))
         os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Unsupported(f"cannot write skip branches to {target}: {error}.") from error
+        raise Unsupported(f"cannot write skip branches to {target}: {error.strerror or error}.") from error
 
 
 def load_skip_branches(transformer: nn.Module, path: str | os.PathLike[str]) -> SkipBranches:
