@@ -150,8 +150,7 @@ def _check_method(pipe: Any, method: Any) -> None:
 
 
 def _check_recipe(pipe: Any, recipe: Any) -> None:
-    for method in recipe.methods:
-        _check_method(pipe, method)
+    diffaccel.wrap(pipe, recipe)  # it knows which of a recipe's methods are meant for this kind of denoiser
 
 
 def _attention(denoiser: Any) -> dict[str, int]:

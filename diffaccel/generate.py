@@ -10,6 +10,8 @@ from typing import Any
 
 from diffaccel.errors import DiffaccelError
 from diffaccel.metadata import Generation, png_info
+from diffaccel.model_map import describe
+from diffaccel.models.transformers import TransformerLayout
 from diffaccel.output import OutputFolder, safe_name, write_file
 from diffaccel.report import Report
 from diffaccel.wrapping import AcceleratedPipeline
@@ -60,11 +62,21 @@ def _job(prompt: str, seed: int, folder: OutputFolder) -> Job:
 
 
 def check_size(pipe: Any, size: tuple[int, int] | None) -> None:
-    """Raise `GenerateError` if a side is not a multiple of what the pipeline's autoencoder needs."""
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    """Raise `GenerateError` if a side is not a multiple of what autoencoder and token size of the pipeline need."""
+    factor = _size_factor(pipe)
     for side in size or ():
         if side % factor or side <= 0:
             raise GenerateError(f"The size {size[0]}x{size[1]} does not fit: sides must be multiples of {factor}.")  # type: ignore[index]
+
+
+def _size_factor(pipe: Any) -> int:
+    """Sides must be multiples of this; some pipelines would silently make another size otherwise."""
+    cell = int(getattr(pipe, "vae_scale_factor", 8))
+    layout = describe(pipe).layout
+    if not isinstance(layout, TransformerLayout):
+        return cell
+    processor = getattr(pipe, "image_processor", None)  # where the pipeline packs its latents, it knows the factor
+    return max(cell * layout.patch, int(processor.config.vae_scale_factor) if processor is not None else cell)
 
 
 def generate(
@@ -107,18 +119,36 @@ def call_arguments(pipe: Any, batch: Sequence[Job], settings: Settings) -> dict[
         # On the CPU, so that a seed means the same picture on every device.
         "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
     }
-    if settings.guidance is not None:
-        arguments["guidance_scale"] = settings.guidance
-    if settings.negative:
-        arguments["negative_prompt"] = [settings.negative] * len(batch)
+    arguments |= _guidance_arguments(pipe, settings, len(batch))
     if settings.size is not None:
         arguments["width"], arguments["height"] = settings.size
     _refuse_unknown(pipe, arguments)
     return arguments
 
 
+def _guidance_arguments(pipe: Any, settings: Settings, images: int) -> dict[str, Any]:
+    """Scale and negative prompts. Pipelines with a distilled scale have another argument for the real one."""
+    scale = settings.guidance
+    arguments: dict[str, Any] = {"negative_prompt": [settings.negative] * images} if settings.negative else {}
+    if "true_cfg_scale" not in inspect.signature(type(pipe).__call__).parameters:
+        return arguments if scale is None else {**arguments, "guidance_scale": scale}
+    if pipe.transformer.config.guidance_embeds:
+        if arguments:
+            raise GenerateError(
+                f"This {type(pipe).__name__} has its guidance built in and no use for a negative prompt; leave it out."
+            )
+        return {} if scale is None else {"guidance_scale": scale}
+    if scale is None:
+        if arguments:
+            raise GenerateError(f"{type(pipe).__name__} needs a guidance scale for a negative prompt; give one.")
+        return {}
+    return {"true_cfg_scale": scale, "negative_prompt": [settings.negative] * images}
+
+
 def _refuse_unknown(pipe: Any, arguments: dict[str, Any]) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
+    if "num_frames" in parameters:
+        raise GenerateError(f"{type(pipe).__name__} makes videos; this command saves pictures.")
     for name in arguments:
         if name not in parameters:
             raise GenerateError(f"{type(pipe).__name__} has no call argument {name!r}.")
@@ -134,13 +164,11 @@ def _refuse_unknown(pipe: Any, arguments: dict[str, Any]) -> None:
 def _describe(
     fast: AcceleratedPipeline, job: Job, settings: Settings, image: Any, report: Report, images: int, model: str
 ) -> Generation:
-    default = inspect.signature(type(fast.pipe).__call__).parameters.get("guidance_scale")
-    guidance = settings.guidance if settings.guidance is not None else getattr(default, "default", 0.0)
     return Generation(
         prompt=job.prompt,
         negative_prompt=settings.negative,
         steps=settings.steps,
-        guidance=float(guidance),
+        guidance=_guidance(fast.pipe, settings),
         scheduler=type(fast.pipe.scheduler).__name__,
         seed=job.seed,
         width=image.width,
@@ -150,6 +178,14 @@ def _describe(
         seconds=report.seconds / images,
         report=report.to_dict(),
     )
+
+
+def _guidance(pipe: Any, settings: Settings) -> float:
+    """The scale of the call; 1 where the pipeline guides only if told to."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    default = getattr(parameter, "default", None)
+    chosen = default if settings.guidance is None else settings.guidance
+    return 1.0 if chosen is None else float(chosen)
 
 
 def _saver(image: Any, info: Any) -> Callable[[Any], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ SCHEDULERS = {
     "euler-a": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+# The same names for flow models, which no scheduler can run without knowing that they are some.
+FLOW_SCHEDULERS = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -61,7 +69,15 @@ def _load(model: str) -> Any:
 
     if model in NAMES:
         return diffaccel.load_miniature(model)
-    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True, **_absent_parts(Path(model)))
+
+
+def _absent_parts(folder: Path) -> dict[str, None]:
+    """Parts that a folder was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told about them."""
+    if not folder.is_dir():
+        return {}
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: None for name, origin in index.items() if isinstance(origin, list) and origin[0] is None}
 
 
 def _check_source(model: str) -> None:
@@ -107,14 +123,40 @@ def set_scheduler(pipe: Any, name: str) -> None:
     Raises:
         LoadError: unknown name, or a scheduler this pipeline cannot run with.
     """
-    import diffusers
-
     if name not in SCHEDULERS:
         raise LoadError(f"Unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
+    from diffaccel.noise import is_flow
+
+    pipe.scheduler = _flow_scheduler(pipe, name) if is_flow(pipe.scheduler) else _scheduler(pipe, name)
+
+
+def _scheduler(pipe: Any, name: str) -> Any:
+    import diffusers
+
     cls = getattr(diffusers, SCHEDULERS[name])
     if cls not in pipe.scheduler.compatibles:
         raise LoadError(f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot run with {cls.__name__}.")
-    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    return cls.from_config(pipe.scheduler.config)
+
+
+def _flow_scheduler(pipe: Any, name: str) -> Any:
+    """The scheduler for a flow model, with the same shift of its noise levels."""
+    import diffusers
+
+    config = pipe.scheduler.config
+    if name not in FLOW_SCHEDULERS:
+        known = ", ".join(FLOW_SCHEDULERS)
+        raise LoadError(f"{type(pipe).__name__} is a flow model and cannot run with {name!r}; possible are {known}.")
+    cls = getattr(diffusers, FLOW_SCHEDULERS[name])
+    if config.get("use_dynamic_shifting") and cls is not type(pipe.scheduler):
+        raise LoadError(
+            f"{type(pipe).__name__} shifts its noise levels by the size of the picture, which only "
+            f"{type(pipe.scheduler).__name__} does here; leave out --scheduler."
+        )
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    if cls.__name__.startswith("FlowMatch"):
+        return cls.from_config(config, shift=shift)
+    return cls.from_config(config, flow_shift=shift, use_flow_sigmas=True, prediction_type="flow_prediction")
 
 
 def default_guidance(model: str) -> float | None:
