@@ -721,6 +721,15 @@ def test_noise_on_every_step_is_refused_unless_allowed() -> None:
         picture(fast, "pixart-sigma", eta=0.5)
 
 
+def test_solvers_that_suffer_are_named() -> None:
+    fast = diffaccel.wrap(tiny_pipeline("pixart-sigma"), RegionSampling(frozen="reuse", start=2))
+    picture(fast, "pixart-sigma")
+    assert any("multistep solver" in note for note in fast.report.notes)
+    fast = diffaccel.wrap(tiny_pipeline("pixart-sigma"), RegionSampling(start=2))
+    picture(fast, "pixart-sigma")
+    assert not any("multistep solver" in note for note in fast.report.notes)
+
+
 def test_changed_projections_are_refused() -> None:
     pipe = tiny_pipeline("sd3")
     pipe.transformer.fuse_qkv_projections()
