@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffaccel.errors import RecipeError as RecipeError
     from diffaccel.errors import Unsupported as Unsupported
     from diffaccel.methods import AdaptiveGuidance as AdaptiveGuidance
+    from diffaccel.methods import BlockCache as BlockCache
     from diffaccel.methods import Forecast as Forecast
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
     from diffaccel.methods import RegionSampling as RegionSampling
@@ -48,6 +49,7 @@ _HOME = {
     "SkipCache": "methods",
     "RegionSampling": "methods",
     "ResidualCache": "methods",
+    "BlockCache": "methods",
     "Forecast": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",

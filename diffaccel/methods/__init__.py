@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package registers them all."""
 
 from diffaccel.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+from diffaccel.methods.block_cache import BlockCache as BlockCache
 from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
 from diffaccel.methods.region_sampling import RegionSampling as RegionSampling
