@@ -340,6 +340,28 @@ def test_compiled_blocks():
     assert torch.equal(run(pipe, "flux-schnell", steps=STEPS), stock)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    """Stored in the model's type, extrapolated in fp32: unchanged inputs stay bit-equal, others are off by one rounding."""
+    store, torch_state = ResidualStore(2), torch.Generator().manual_seed(0)
+    states = [50 * torch.randn(1, 4, 8, generator=torch_state).to(dtype) for _ in range(7)]
+    for place, before, after in zip((3.0, 2.0, 1.5), states[:3], states[3:6], strict=True):
+        with store.active(0, cached=False, position=place, fresh=place == 3.0):
+            store.leave(("image",), ("image",), lambda x, after=after: after, (before,), {})
+    with store.active(0, cached=True, position=1.2):
+        got = store.leave(("image",), ("image",), lambda x: x, (states[6],), {})
+    d = [after.double() - before.double() for before, after in zip(states[:3], states[3:6], strict=True)]
+    want = states[6].double() + sum(w * value for w, value in zip(lagrange([3.0, 2.0, 1.5], 1.2), d, strict=True))
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+    unchanged = ResidualStore(2)
+    for place in (3.0, 2.0, 1.5):
+        with unchanged.active(0, cached=False, position=place, fresh=place == 3.0):
+            unchanged.leave(("image",), ("image",), lambda x: states[3], (states[0],), {})
+    with unchanged.active(0, cached=True, position=1.2):
+        assert torch.equal(unchanged.leave(("image",), ("image",), lambda x: x, (states[0],), {}), states[3])
+
+
 # --- refusals ---
 
 

@@ -146,7 +146,8 @@ class ResidualStore(_Switch):
 
     def _outcome(self, name: str, fresh: torch.Tensor) -> torch.Tensor:
         before, after = self.pairs[self.lane][name]
-        return after.at(self.position) + (fresh - before.at(self.position))
+        outcome = after.wide_at(self.position) + (fresh - before.wide_at(self.position))
+        return outcome.to(after.stored[0][0].dtype)
 
 
 def read_streams(outputs: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:

@@ -39,16 +39,20 @@ class Feature:
         self.stored = [(value[start:stop], position) for value, position in self.stored]
 
     def at(self, position: float | None) -> torch.Tensor:
-        """F at `position` by Newton's polynomial through the stored values, always a new tensor.
+        """F at `position` by Newton's polynomial through the stored values, always a new tensor of their type.
 
         Divided differences vanish exactly where the stored values are equal, so unchanged features come back bit for bit.
         """
-        value = self.stored[0][0].clone()
+        return self.wide_at(position).to(self.stored[0][0].dtype)
+
+    def wide_at(self, position: float | None) -> torch.Tensor:
+        """The same before it is rounded to half precision; at least fp32."""
+        value = _widened(self.stored[0][0]).clone()
         places = [place for _, place in self.stored]
         if position is None or None in places:
             return value
         known = [place for place in places if place is not None]
-        weight, differences = 1.0, [tensor for tensor, _ in self.stored]
+        weight, differences = 1.0, [_widened(tensor) for tensor, _ in self.stored]
         for k in range(1, len(known)):
             differences = [
                 (differences[i] - differences[i + 1]) / (known[i] - known[i + k]) for i in range(len(differences) - 1)
@@ -56,6 +60,10 @@ class Feature:
             weight *= position - known[k - 1]
             value += weight * differences[0]
         return value
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Bypass:
