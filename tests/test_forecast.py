@@ -127,6 +127,16 @@ def test_a_polynomial_path_is_forecast_exactly():
         assert torch.allclose(got, path(at), atol=1e-9) == exact
 
 
+def test_a_value_from_infinite_noise_has_no_weight():
+    """Flow models begin at s = 1, where log sigma is infinite: the line goes through the two values after it."""
+    store = FeatureStore(2)
+    for place, value in ((None, 100.0), (2.0, 1.0), (1.0, 3.0)):
+        with store.active(0, cached=False, position=place, fresh=False):
+            store.read(lambda x: x, (torch.tensor([value]),), {})
+    with store.active(0, cached=True, position=0.5):
+        assert store.read(lambda x: x, (torch.zeros(1),), {}).item() == 4.0
+
+
 def test_coordinates():
     assert noise_position(math.inf, "flow_time") == 1.0
     assert noise_position(3.0, "flow_time") == 0.75

@@ -48,11 +48,11 @@ class Feature:
     def wide_at(self, position: float | None) -> torch.Tensor:
         """The same before it is rounded to half precision; at least fp32."""
         value = _widened(self.stored[0][0]).clone()
-        places = [place for _, place in self.stored]
-        if position is None or None in places:
+        if position is None or self.stored[0][1] is None:
             return value
-        known = [place for place in places if place is not None]
-        weight, differences = 1.0, [_widened(tensor) for tensor, _ in self.stored]
+        # a value from an infinite noise level has no place on the axis; the others still have
+        known = [place for _, place in self.stored if place is not None]
+        weight, differences = 1.0, [_widened(tensor) for tensor, place in self.stored if place is not None]
         for k in range(1, len(known)):
             differences = [
                 (differences[i] - differences[i + 1]) / (known[i] - known[i + k]) for i in range(len(differences) - 1)

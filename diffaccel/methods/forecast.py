@@ -19,7 +19,6 @@ from diffaccel.methods.cache_plan import (
     CachePlan,
     CacheSettings,
     Coordinate,
-    default_coordinate,
     note_whole_controlnets,
 )
 from diffaccel.methods.residual_cache import attach_residual
@@ -40,8 +39,8 @@ class Forecast(CacheSettings):
             is decides: one alone is reused as it is.
         target: "features" predicts what the output norm reads and ignores the latents of the evaluation; "residual"
             predicts what the whole stack adds to the embedded latents, which are fresh. UNets know "features" only.
-        coordinate: axis of the extrapolation, "log_sigma" or "flow_time" (s = sigma / (1 + sigma)); None takes flow time
-            on flow models and log sigma on the others. UNets always use log sigma.
+        coordinate: axis of the extrapolation, "log_sigma" or "flow_time" (s = sigma / (1 + sigma)). UNets always use log
+            sigma; on the bundled flow model it is closer at both orders, and order 2 closer than order 1 with it.
         full_first: evaluations at the start that are always full; order + 1 of them make the first forecast a full one.
     The other settings are those of every cache on a schedule; an evaluation is one denoiser call of the schedule. A full
     one is forced when guidance rows, prompt embeddings, adapters or the picture size change. ControlNets run whole; what
@@ -50,9 +49,9 @@ class Forecast(CacheSettings):
 
     name: ClassVar[str] = "forecast"
 
-    order: Literal[1, 2] = 1
+    order: Literal[1, 2] = 2
     target: Literal["features", "residual"] = "features"
-    coordinate: Coordinate | None = None
+    coordinate: Coordinate = "log_sigma"
     full_first: int = Field(default=3, ge=1)
 
     def check(self, model: ModelMap) -> None:
@@ -79,8 +78,7 @@ class Forecast(CacheSettings):
 
     def _attach_features(self, model: ModelMap, run: Run, seams: Seams) -> None:
         store = FeatureStore(self.order)
-        coordinate = self.coordinate or default_coordinate(model)
-        CachePlan(self, store, model, run, (self.name,), coordinate).attach()
+        CachePlan(self, store, model, run, (self.name,), self.coordinate).attach()
         for _, layout in model.denoisers:
             if isinstance(layout, TransformerLayout):
                 bypass_to_norm(layout, store, seams)
