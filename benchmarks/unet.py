@@ -10,14 +10,10 @@ A variant runs as few steps as its schedule needs to repeat; seconds are per ste
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,90 +24,13 @@ import torch
 
 from benchmarks import peers
 from benchmarks.models import build_pipeline, call_arguments
+from benchmarks.timing import Options, Ours, Timing, Variant, backend, command_line, judged, parsed, rows, run_once, say
 from benchmarks.unet_table import markdown
-from diffaccel import GuidanceInterval, Recipe, SkipCache, TokenDownsampling, TokenMerging, presets, wrap
-from diffaccel.bench import Spread, machine, ratio, rotated, spread, timed
-from diffaccel.flops import FlopLedger
+from diffaccel import GuidanceInterval, Recipe, SkipCache, TokenDownsampling, TokenMerging, presets
+from diffaccel.bench import machine, rotated, spread, timed
 from diffaccel.output import write_text
 
-Opener = Callable[[Any], AbstractContextManager[Any]]
 RATIO, INTERVAL = 0.5, 3
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to time.
-
-    Attributes:
-        steps: steps to run.
-        asked: steps the user would have asked for; more than `steps` for "fewer steps".
-        open: gives the callable pipeline and takes every change back.
-        needs: package that must be installed.
-    """
-
-    name: str
-    steps: int
-    open: Opener
-    asked: int = 0
-    needs: str | None = None
-    note: str = ""
-
-    @property
-    def per(self) -> int:
-        """What the seconds are divided by."""
-        return self.asked or self.steps
-
-
-@dataclass
-class Timing:
-    """Seconds per asked step of one variant, one entry per repetition, and the FLOPs if they were counted."""
-
-    variant: Variant
-    seconds: list[float] = field(default_factory=list)
-    flops: float | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line."""
-
-    device: str
-    dtype: str
-    size: int
-    batch: int
-    steps: int
-    repeats: int
-    models: tuple[str, ...]
-    only: tuple[str, ...]
-    compile: bool
-    clock: str
-    threads: int
-    out: Path
-
-    @property
-    def read_clock(self) -> Callable[[], float]:
-        """Wall time, or the processor time of this process, which other work on the machine does not lengthen."""
-        return {"wall": time.perf_counter, "cpu": time.process_time}[self.clock]
-
-
-class Ours:
-    """Wrapped pipelines, made once. They share one FLOP ledger: same network, same kinds of calls."""
-
-    def __init__(self) -> None:
-        self.ledger = FlopLedger()
-        self.known: dict[str, Any] = {}
-
-    def open(self, recipe: Recipe) -> Opener:
-        """An opener for `pipe` with this recipe."""
-
-        @contextmanager
-        def opened(pipe: Any) -> Iterator[Any]:
-            if recipe.name not in self.known:
-                self.known[recipe.name] = wrap(pipe, recipe)
-                self.known[recipe.name]._ledger = self.ledger
-            yield self.known[recipe.name]
-
-        return opened
 
 
 def variants(model: str, options: Options) -> list[Variant]:
@@ -142,17 +61,6 @@ def variants(model: str, options: Options) -> list[Variant]:
     ]
 
 
-def run_once(
-    pipe: Any, variant: Variant, arguments: dict[str, Any], device: str, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, float | None]:
-    """Seconds and FLOPs (None for other packages) of one call, per asked step."""
-    with variant.open(pipe) as callable_pipe, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, seconds = timed(partial(callable_pipe, **arguments, num_inference_steps=variant.steps), device, clock)
-        report = getattr(callable_pipe, "report", None)
-    return seconds / variant.per, report.flops / variant.per if report else None
-
-
 def benchmark(model: str, options: Options) -> dict[str, Any]:
     """Time all variants of one model; a JSON-ready result."""
     dtype = getattr(torch, options.dtype)
@@ -172,7 +80,7 @@ def benchmark(model: str, options: Options) -> dict[str, Any]:
         "settings": vars(options) | {"out": "", "models": [model], "only": list(options.only)},
         "not installed": missing,
         "decode_seconds": vars(spread(decode)),
-        "variants": _rows(timings),
+        "variants": rows(timings),
         "targets": targets(timings),
     }
 
@@ -188,7 +96,7 @@ def _warm_up(pipe: Any, chosen: Sequence[Variant], arguments: dict[str, Any], op
         if whole or cached or variant.name in ("stock", "empty recipe") or variant.name.startswith("Token"):
             short = variant if whole else Variant(variant.name, 2 if cached else 1, variant.open)
             run_once(pipe, short, arguments, options.device)
-            _say(f"warmed up: {variant.name}")
+            say(f"warmed up: {variant.name}")
 
 
 def _repeat(
@@ -201,7 +109,7 @@ def _repeat(
             seconds, flops = run_once(pipe, variant, arguments, options.device, options.read_clock)
             timings[variant.name].seconds.append(seconds)
             timings[variant.name].flops = flops
-            _say(f"repetition {repetition + 1} of {options.repeats}: {variant.name} {seconds:.3g} s per step")
+            say(f"repetition {repetition + 1} of {options.repeats}: {variant.name} {seconds:.3g} s per step")
         decode.append(_decode(pipe, options))
     return list(timings.values()), decode
 
@@ -214,24 +122,6 @@ def _decode(pipe: Any, options: Options) -> float:
     return timed(lambda: pipe.vae.decode(latents), options.device, options.read_clock)[1]
 
 
-def _rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    stock = timings[0]
-    plain_flops = next((t.flops for t in timings if t.variant.name == "empty recipe"), None)
-    return [
-        {
-            "name": t.variant.name,
-            "note": t.variant.note,
-            "steps": t.variant.steps,
-            "asked": t.variant.per,
-            "seconds_per_step": vars(spread(t.seconds)),
-            "faster": vars(ratio(t.seconds, stock.seconds)),
-            "flops_per_step": t.flops,
-            "fewer_flops": plain_flops / t.flops if t.flops and plain_flops else None,
-        }
-        for t in timings
-    ]
-
-
 def targets(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """What this project promises about speed, each against its rival of the same repetition."""
     promises = [
@@ -239,54 +129,12 @@ def targets(timings: Sequence[Timing]) -> list[dict[str, Any]]:
         ("SkipCache is not slower than DeepCache", f"SkipCache({INTERVAL})", f"DeepCache({INTERVAL})", 1.0),
         ("TokenMerging is not slower than tomesd", f"TokenMerging({RATIO})", f"tomesd({RATIO})", 1.0),
     ]
-    by_name = {t.variant.name: t.seconds for t in timings}
-    return [
-        {"promise": text, "faster": vars(found), "verdict": verdict(found, least)}
-        for text, own, rival, least in promises
-        if own in by_name and rival in by_name
-        for found in [ratio(by_name[own], by_name[rival])]
-    ]
-
-
-def verdict(found: Spread, least: float) -> str:
-    """A promise is kept by the median; where the repetitions lie on both sides of it, they decide nothing."""
-    if found.median >= least:
-        return "met"
-    return "no difference beyond the noise" if found.high >= least else "missed"
-
-
-def backend() -> str:
-    """Which attention kernels torch may choose from here."""
-    names = ("flash", "mem_efficient", "cudnn", "math")
-    return "SDPA (" + ", ".join(n for n in names if getattr(torch.backends.cuda, f"{n}_sdp_enabled")()) + ")"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return judged(timings, promises)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """The command line."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument(
-        "--dtype", default="float16" if cuda else "bfloat16", choices=("float32", "float16", "bfloat16")
-    )
-    parser.add_argument("--size", type=int, default=512, help="picture side in pixels")
-    parser.add_argument("--batch", type=int, default=1, help="pictures per call")
-    parser.add_argument("--steps", type=int, default=10, help="steps of the presets")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=["sd15"], choices=("sd15", "sdxl"))
-    parser.add_argument("--only", nargs="+", default=[], help="names of variants; the stock pipeline always runs")
-    parser.add_argument("--compile", action="store_true", help="compile repeated blocks with inductor")
-    parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time, on a busy machine"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 with --clock cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
-    found = vars(parser.parse_args(arguments))
-    return Options(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    return Options(**parsed(command_line(__doc__, ("sd15", "sdxl"), 512), arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

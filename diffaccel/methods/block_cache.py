@@ -399,7 +399,7 @@ class _Plan:
             self.current, self.undecided = cache, not full
             try:
                 # whether it is a hit is known afterwards: such a call says nothing about the dense cost
-                output = proceed(call if full else call.tagged((self.config.name, self.config.kind), complete=False))
+                output = proceed(call if full else call.tagged(complete=False))
             finally:
                 self.current, self.undecided = None, False
         self._count(call, cache.watch, known)
@@ -438,21 +438,21 @@ class _Plan:
 
 
 class _OutcomeLedger(FlopLedger):
-    """The run's ledger for calls whose cost is known only after them: their kinds are told apart by what ran."""
+    """The run's ledger, for calls of which only their end tells whether they were hits or as dear as any full call."""
 
     def __init__(self, ledger: FlopLedger, plan: _Plan) -> None:
         self._known, self._plan = ledger._known, plan
 
     def count(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
-        """As in the base class; counts anew until both a hit and a full call of this kind have been counted."""
+        """As in the base class; counts until both a full call of this kind and a hit have been counted."""
         cache = self._plan.current
         if cache is None or not self._plan.undecided:
             return super().count(key, function)
-        whole = cache.watch.total
-        if (key, 0) in self._known and (key, whole) in self._known:
+        hit = (key, self._plan.config.kind, self._plan.config.target)
+        if key in self._known and hit in self._known:
             result = function()
-            # between the two lies what cannot happen with today's hooks; the whole cost is the honest bound
-            return result, self._known.get((key, cache.watch.ran), self._known[key, whole])
+            return result, self._known[key if cache.watch.ran else hit]
         result, flops = count_flops(function)
-        self._known[key, cache.watch.ran] = flops
+        if cache.watch.ran in (0, cache.watch.total):
+            self._known[key if cache.watch.ran else hit] = flops
         return result, flops
