@@ -232,6 +232,30 @@ def test_adapters_stay_in_place(kind: str) -> None:
     torch.testing.assert_close(region, dense, atol=1e-6, rtol=1e-6)
 
 
+def test_residuals_of_controlnets_follow_their_tokens() -> None:
+    """One region step; which tokens it computed is read from the counts of the report."""
+    pipe = tiny_pipeline("sd3-controlnet")
+    made, used = [], []
+    control, denoise = pipe.controlnet.forward, pipe.transformer.forward
+
+    def controlnet(**kwargs: Any) -> Any:
+        made.append(control(**kwargs))
+        return made[-1]
+
+    def transformer(**kwargs: Any) -> Any:
+        used.append(kwargs["block_controlnet_hidden_states"])
+        return denoise(**kwargs)
+
+    pipe.controlnet.forward, pipe.transformer.forward = controlnet, transformer
+    fast = diffaccel.wrap(pipe, RegionSampling(ratio=0.4, start=4, end=5))
+    picture(fast, "sd3-controlnet", batch=3)
+    assert any("always runs whole" in note for note in fast.report.notes)
+    counts = torch.from_numpy(fast.report.region_counts()).flatten(1)
+    for whole, part in zip(made[4][0], used[4], strict=True):
+        for row in range(6):
+            assert torch.equal(part[row], whole[row][counts[row % 3] == 10])
+
+
 # --- selection ---
 
 
