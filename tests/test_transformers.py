@@ -31,7 +31,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffaccel
-from diffaccel import AdaptiveGuidance, GuidanceInterval, SkipCache, TokenDownsampling, TokenMerging, Unsupported
+from diffaccel import (
+    AdaptiveGuidance,
+    Forecast,
+    GuidanceInterval,
+    ResidualCache,
+    SkipCache,
+    StepReuse,
+    TokenDownsampling,
+    TokenMerging,
+    Unsupported,
+)
 
 STEPS = 6
 GUIDED = tuple(kind for kind in KINDS if guided(kind))
@@ -466,6 +476,34 @@ def test_interval_in_sigma_with_other_schedulers(kind, name):
     assert rows == expected_rows(kind, 1, on)
     assert close(got, want)
     assert apart(got, stock) > 1e-3
+
+
+# --- caches, one pipeline per way of calling; their own tests say more ---
+
+SPARSE = {
+    "residual_cache": [ResidualCache(interval=3, min_evaluations=1)],
+    "forecast": [Forecast(interval=3, min_evaluations=1)],
+    "step_reuse": [StepReuse(threshold=5.0, min_evaluations=1, max_skips=2)],
+    "residual_cache and interval": [ResidualCache(interval=3, min_evaluations=1), MIDDLE],
+}
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-cfg", "z-image", "dit", "lumina2", "wan-2.2"])
+def test_caches_tell_the_truth(kind):
+    """They save what they say, give the same latents twice, leave nothing behind, and know no batch mates."""
+    pipe = tiny_pipeline(kind)
+    stock = run(pipe, kind, steps=9)
+    before = attributes(pipe)
+    for name, methods in SPARSE.items():
+        fast = diffaccel.wrap(pipe, methods)
+        got = run(fast, kind, steps=9)
+        with counted_rows(pipe) as rows:
+            assert torch.equal(got, run(fast, kind, steps=9)), name
+        assert fast.report.rows == sum(rows), name
+        assert fast.report.flops < fast.report.flops_plain, name
+        assert apart(got, stock) > 1e-4, name
+        assert close(run(fast, kind, steps=9, batch=2)[:1], got), name
+        assert attributes(pipe) == before
 
 
 # --- what cannot work says so ---
