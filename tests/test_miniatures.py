@@ -1,6 +1,7 @@
-"""The bundled model and its judge: they load, fit the package and tell scenes apart."""
+"""The bundled models and their judge: they load, fit the package and tell scenes apart."""
 
 import importlib
+import math
 import random
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffaccel.miniatures import load_judge, load_miniature, miniature_path, recommended_guidance
+from diffaccel.miniatures import NAMES, load_judge, load_miniature, miniature_path, recommended_guidance
 from diffaccel.miniatures.judge import as_tensor
 from diffaccel.miniatures.scenes import (
     COLOURS,
@@ -40,13 +41,25 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def render():
-    """The renderer, which lives beside the package."""
+def pipe3():
+    pipe = load_miniature("shapes-sd3")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def training():
+    """A module of the training scripts, which live beside the package."""
     sys.path.insert(0, str(ROOT))
     try:
-        yield importlib.import_module("training.scenes_render").render
+        yield lambda name: importlib.import_module(f"training.{name}")
     finally:
         sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def render(training):
+    return training("scenes_render").render
 
 
 def _generator(seed=0):
@@ -109,15 +122,17 @@ def test_unknown_name_lists_the_choices():
         load_miniature("shapes-xl")
 
 
-def test_folder_fits_the_package():
-    sizes = [file.stat().st_size for file in miniature_path("shapes-sd").rglob("*") if file.is_file()]
-    assert sum(sizes) <= 20e6
+@pytest.mark.parametrize(("name", "limit"), [("shapes-sd", 20e6), ("shapes-sd3", 25e6)])
+def test_folder_fits_the_package(name, limit):
+    sizes = [file.stat().st_size for file in miniature_path(name).rglob("*") if file.is_file()]
+    assert sum(sizes) <= limit
     assert max(sizes) <= 12 * MIB
 
 
-def test_files_name_no_place_on_the_training_machine():
+@pytest.mark.parametrize("name", NAMES)
+def test_files_name_no_place_on_the_training_machine(name):
     absolute = re.compile(r'"(?:/\w+/|[A-Za-z]:\\\\)[^"]*"')  # a tokenizer has a token "/"
-    for file in miniature_path("shapes-sd").rglob("*.json"):
+    for file in miniature_path(name).rglob("*.json"):
         assert not absolute.findall(file.read_text()), file
 
 
@@ -129,9 +144,84 @@ def test_pipeline_is_plain_stable_diffusion(pipe):
     assert 1 < recommended_guidance() < 10
 
 
-def test_half_precision_is_asked_for_by_dtype():
-    half = load_miniature(dtype=torch.bfloat16)
-    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+def test_sd3_pipeline_is_plain_stable_diffusion_3(pipe3):
+    assert type(pipe3).__name__ == "StableDiffusion3Pipeline"
+    assert type(pipe3.transformer).__name__ == "SD3Transformer2DModel"
+    assert type(pipe3.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert pipe3.text_encoder_3 is None
+    assert {pipe3.transformer.dtype, pipe3.vae.dtype, pipe3.text_encoder.dtype} == {torch.float32}
+    assert 1 < recommended_guidance("shapes-sd3") < 10
+
+
+def test_both_models_share_autoencoder_and_text_encoder(pipe, pipe3):
+    for name, value in pipe.vae.state_dict().items():
+        assert torch.equal(value, pipe3.vae.state_dict()[name]), name
+    prompt = pipe.tokenizer("a red circle above a blue ring", padding="max_length", return_tensors="pt").input_ids
+    own, other = pipe.text_encoder(prompt), pipe3.text_encoder(prompt, output_hidden_states=True)
+    assert torch.equal(own.pooler_output, other.text_embeds)
+    # Stable Diffusion 3 reads the rows one layer before the last: the shared encoder's end, before its last norm.
+    last_norm = next(module for name, module in pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+    torch.testing.assert_close(last_norm(other.hidden_states[-2]), own.last_hidden_state)
+
+
+@pytest.mark.parametrize("count", [1, 7, 256])
+def test_one_empty_row_stands_for_many(pipe3, training, count):
+    """What made training cheap is exact: the stock transformer with `count` rows of zeros gives the same."""
+    generator = _generator(count)
+    latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 32, 256, generator=generator)
+    pooled, times = torch.randn(2, 256, generator=generator), torch.tensor([900.0, 300.0])
+    model = pipe3.transformer
+    kept = model.attn_processors
+
+    def forward(rows):
+        return model(latents, torch.cat([text, torch.zeros(2, rows, 256)], 1), pooled, times).sample
+
+    with torch.no_grad():
+        stock, alone = forward(count), forward(1)
+        attention = training("train_sd3").OneEmptyRow()
+        attention.log_count = torch.full((2,), math.log(count))
+        model.set_attn_processor(attention)
+        try:
+            found = forward(1)
+        finally:
+            model.set_attn_processor(kept)
+    torch.testing.assert_close(found, stock, atol=2e-4, rtol=1e-4)
+    assert count == 1 or (alone - stock).abs().max() > 1e-2  # so the count matters, and was counted
+
+
+def test_training_sees_the_text_as_the_pipeline_sends_it(pipe3, training):
+    prompts = ["a small striped red heart to the left of a blue box", ""]
+    rows, pooled = training("train_sd3").TextRows(pipe3.text_encoder, pipe3.text_encoder_2)(
+        training("train_text").tokenize(pipe3.tokenizer, prompts)
+    )
+    with torch.no_grad():
+        sent, _, sent_pooled, _ = pipe3.encode_prompt(prompts, None, None, max_sequence_length=1)
+    assert torch.equal(rows, sent)
+    assert torch.equal(pooled, sent_pooled)
+    assert rows[:, -1].abs().max() == 0
+    assert rows[:, :-1].abs().amax(-1).min() > 0
+
+
+def test_muon_steps_have_nearly_equal_singular_values(training):
+    updates = torch.randn(3, 24, 64, generator=_generator(3)) * torch.logspace(0, -1, 64)
+    steps = training("train_sd3").orthogonal(updates)
+    for stack in (steps, training("train_sd3").orthogonal(updates.mT).mT):
+        values = torch.linalg.svdvals(stack)
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+    assert (steps * updates).sum((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("shapes-sd", ("unet", "vae", "text_encoder")),
+        ("shapes-sd3", ("transformer", "vae", "text_encoder", "text_encoder_2")),
+    ],
+)
+def test_half_precision_is_asked_for_by_dtype(name, parts):
+    half = load_miniature(name, dtype=torch.bfloat16)
+    assert {getattr(half, part).dtype for part in parts} == {torch.bfloat16}
 
 
 def test_same_seed_same_picture(pipe):
@@ -140,6 +230,17 @@ def test_same_seed_same_picture(pipe):
     )
     assert first.shape == (1, 3, 128, 128)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160)])
+def test_sd3_same_seed_same_picture(pipe3, height, width):
+    settings = {"num_inference_steps": 2, "max_sequence_length": 8, "height": height, "width": width}
+    first, second, other = (
+        pipe3("a red circle", **settings, generator=_generator(seed), output_type="pt").images for seed in (1, 1, 2)
+    )
+    assert first.shape == (1, 3, height, width)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_judge_reads_rendered_scenes(judge, render):
@@ -181,12 +282,15 @@ def test_judge_accepts_pil_and_tensors_of_any_size(judge, pipe):
 
 
 @pytest.mark.slow
-def test_generated_pictures_follow_their_prompts(pipe, judge):
+@pytest.mark.parametrize(("name", "steps"), [("shapes-sd", 10), ("shapes-sd3", 14)])
+def test_generated_pictures_follow_their_prompts(judge, name, steps):
+    pipe = load_miniature(name)
+    pipe.set_progress_bar_config(disable=True)
     cases = held_out_prompts("single", 16, 9)
     images = pipe(
         [case.prompt for case in cases],
-        num_inference_steps=10,
-        guidance_scale=recommended_guidance(),
+        num_inference_steps=steps,
+        guidance_scale=recommended_guidance(name),
         generator=[_generator(seed) for seed in range(16)],
         output_type="pt",
     ).images

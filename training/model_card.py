@@ -28,8 +28,8 @@ def percent(found: dict[str, float]) -> str:
     return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
-def figures(report: dict[str, Any], judged: dict[str, Any]) -> str:
-    """The two tables in Markdown: the model on held-out prompts, the judge on new renders."""
+def figures(report: dict[str, Any], judged: dict[str, Any] | None) -> str:
+    """In Markdown: the model on held-out prompts and, if the judge lies with it, the judge on new renders."""
     single, pair = report["single"], report["pair"]
     lines = [
         f"{report['steps']} {report['sampler']} steps, guidance {report['recommended_guidance']:g}, one fixed seed per prompt.",
@@ -38,13 +38,16 @@ def figures(report: dict[str, Any], judged: dict[str, Any]) -> str:
         f"| Right in the picture | one object, n = {single['prompts']} | two objects, n = {pair['prompts']} |",
         "|---|---|---|",
         *(f"| {text} | {percent(single[name])} | {percent(pair[name])} |" for name, text in ROWS.items()),
-        "",
-        f"The judge on {judged['pictures']} newly drawn scenes: all attributes {100 * judged['all_attributes']:.1f} %,",
-        f"arrangement {100 * judged['relation']:.1f} %, sound pictures accepted {100 * judged['sound_accepted']:.1f} %.",
-        "Damaged pictures it rejects: "
-        + ", ".join(f"{n[:-9]} {100 * v:.0f} %" for n, v in judged.items() if n.endswith("_rejected"))
-        + ".",
     ]
+    if judged:
+        lines += [
+            "",
+            f"The judge on {judged['pictures']} newly drawn scenes: all attributes {100 * judged['all_attributes']:.1f} %,",
+            f"arrangement {100 * judged['relation']:.1f} %, sound pictures accepted {100 * judged['sound_accepted']:.1f} %.",
+            "Damaged pictures it rejects: "
+            + ", ".join(f"{n[:-9]} {100 * v:.0f} %" for n, v in judged.items() if n.endswith("_rejected"))
+            + ".",
+        ]
     return "\n".join(lines)
 
 
@@ -57,7 +60,8 @@ def write(folder: Path) -> None:
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     report = json.loads((folder / "evaluation.json").read_text())
-    judged = json.loads((folder / "judge" / "judge.json").read_text())["on_new_renders"]
+    judge = folder / "judge" / "judge.json"
+    judged = json.loads(judge.read_text())["on_new_renders"] if judge.exists() else None
     card.write_text(f"{head}{BEGIN}\n{figures(report, judged)}\n{END}{tail}")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
     from diffaccel.miniatures.judge import Judge
 
-NAMES = ("shapes-sd",)
+NAMES = ("shapes-sd", "shapes-sd3")
 _FOLDER = Path(__file__).parent
 
 
@@ -23,20 +23,38 @@ def miniature_path(name: str = "shapes-sd") -> Path:
     return _FOLDER / name
 
 
-def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+@overload
+def load_miniature(
+    name: Literal["shapes-sd"] = "shapes-sd", *, dtype: torch.dtype | None = None
+) -> StableDiffusionPipeline: ...
+@overload
+def load_miniature(name: Literal["shapes-sd3"], *, dtype: torch.dtype | None = None) -> StableDiffusion3Pipeline: ...
+@overload
+def load_miniature(name: str, *, dtype: torch.dtype | None = None) -> DiffusionPipeline: ...
+def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """A bundled model as a plain diffusers pipeline on the CPU, in `dtype` (float32 unless told).
 
-    Pictures are 128 x 128. Never touches the network. Raises ValueError for an unknown name.
+    "shapes-sd" is a StableDiffusionPipeline, "shapes-sd3" a StableDiffusion3Pipeline. Pictures are 128 x 128.
+    Never touches the network. Raises ValueError for an unknown name.
     """
-    folder = miniature_path(name)
-    import torch
-    from diffusers import StableDiffusionPipeline
+    return load_folder(miniature_path(name), dtype=dtype)
 
-    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """The pipeline that diffusers saved in `folder`, as `load_miniature` gives it; parts it lacks stay out."""
+    import diffusers
+    import torch
+
+    index = json.loads((folder / "model_index.json").read_text())
+    # Some pipelines want to be told about each part that they are to do without.
+    absent = {name: None for name, origin in index.items() if isinstance(origin, list) and origin[0] is None}
+    kind = getattr(diffusers, index["_class_name"])
+    pipe: DiffusionPipeline = kind.from_pretrained(folder, local_files_only=True, **absent)
     # Cast afterwards, because the argument's name differs between the versions of diffusers that we support, and
     # with torch's own method, because diffusers' warns about modules to be kept in float32 even if there are none.
-    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
-        torch.nn.Module.to(part, dtype or torch.float32)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype or torch.float32)
     return pipe
 
 
@@ -62,6 +80,7 @@ def __getattr__(name: str) -> float:
 __all__ = [
     "NAMES",
     "RECOMMENDED_GUIDANCE",
+    "load_folder",
     "load_judge",
     "load_miniature",
     "miniature_path",
