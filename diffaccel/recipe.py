@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,30 @@ from diffaccel.method import Method, registry
 
 SCHEMA_VERSION = 1
 
+_CACHES = ("skip_cache", "residual_cache", "forecast", "block_cache")
+
+
+def _cache_conflicts() -> dict[frozenset[str], str]:
+    """Methods that keep what blocks computed: one at a time."""
+    found = {
+        frozenset({first, second}): f"{first} and {second} both replace what the same blocks compute; use one of them."
+        for first, second in itertools.combinations(_CACHES, 2)
+    }
+    for cache in _CACHES:
+        found[frozenset({cache, "region_sampling"})] = (
+            f"{cache} and region_sampling both keep parts of the same blocks, of different steps; use one of them."
+        )
+    for other in (*_CACHES, "region_sampling"):
+        found[frozenset({other, "step_reuse"})] = (
+            f"step_reuse decides image by image which steps run, and what {other} keeps for a batch cannot follow; use one "
+            "of them."
+        )
+    return found
+
+
 # Pairs that cannot run together, each with the sentence a user sees. All other pairs nest by layer.
 CONFLICTS: dict[frozenset[str], str] = {
+    **_cache_conflicts(),
     frozenset({"token_merging", "token_downsampling"}): (
         "token_merging and token_downsampling both shorten the same self-attentions: after merging there is no token "
         "grid left to downsample; use one of them."

@@ -218,7 +218,9 @@ def test_on_unets_it_is_the_skip_cache():
     got = run_unet(fast, "sd", steps=12)
     assert torch.equal(got, run_unet(diffaccel.wrap(pipe, SkipCache(order=2, **settings)), "sd", steps=12))
     assert not torch.equal(got, run_unet(pipe, "sd", steps=12))
-    assert any("this is skip_cache" in note for note in fast.report.notes)
+    assert any("what skip_cache does" in note for note in fast.report.notes)
+    assert fast.report.methods["forecast"]["cached"] > 0
+    assert "skip_cache" not in fast.report.methods
     off = diffaccel.wrap(pipe, Forecast(interval=1))
     assert torch.equal(run_unet(off, "sd", steps=12), run_unet(pipe, "sd", steps=12))
 

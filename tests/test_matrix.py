@@ -21,9 +21,14 @@ from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet, tiny_vae
 import diffaccel
 from diffaccel import (
     AdaptiveGuidance,
+    BlockCache,
+    Forecast,
     GuidanceInterval,
     RecipeError,
+    RegionSampling,
+    ResidualCache,
     SkipCache,
+    StepReuse,
     StepSchedule,
     TokenDownsampling,
     TokenMerging,
@@ -40,6 +45,14 @@ METHODS = {
     "token_merging": TokenMerging(min_tokens=1),
     "token_downsampling": TokenDownsampling(min_tokens=1),
     "step_schedule": StepSchedule(fraction=0.75),
+    "forecast": Forecast(interval=3, min_evaluations=1),
+    "step_reuse": StepReuse(threshold=10.0, max_skips=1, min_evaluations=1, allow_stochastic=True),
+}
+# These work on diffusion transformers only; tests/test_transformers.py has their table.
+TRANSFORMERS_ONLY = {
+    "residual_cache": ResidualCache(),
+    "region_sampling": RegionSampling(),
+    "block_cache": BlockCache(),
 }
 ALL = {
     "all with merging": [
@@ -88,6 +101,7 @@ def acted(report):
         counts = report.methods[name]
         did = {"guidance_interval": "unguided", "adaptive_guidance": "unguided", "skip_cache": "cached"}
         did |= {"token_merging": "shortened evaluations", "token_downsampling": "shortened evaluations"}
+        did |= {"forecast": "cached", "step_reuse": "reused"}
         if name == "step_schedule":
             assert counts["steps run"] < counts["steps asked"]
         else:
@@ -99,14 +113,20 @@ def truthful(fast, rows):
     assert report.completed
     assert report.evaluations == len(rows)
     assert report.rows == sum(rows)
-    assert [e.rows for e in report.trace if e.network == "denoiser"] == rows
+    assert [e.rows for e in report.trace if e.network == "denoiser" and e.rows] == rows  # 0: all images reused
     assert report.flops < report.flops_plain
     assert not any("nothing to drop" in note for note in report.notes)
 
 
 def test_the_table_names_every_method():
-    assert set(METHODS) == set(registry())
+    assert set(METHODS) | set(TRANSFORMERS_ONLY) == set(registry())
     assert all(not method.is_off for method in METHODS.values())
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_ONLY)
+def test_methods_for_transformers_refuse_unets(sd, name):
+    with pytest.raises(Unsupported, match=f"{name} works on diffusion transformers; UNet2DConditionModel is a UNet"):
+        diffaccel.wrap(sd, TRANSFORMERS_ONLY[name])
 
 
 @pytest.mark.parametrize("name", [*METHODS, *ALL])

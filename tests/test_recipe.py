@@ -13,10 +13,15 @@ from tiny import run, tiny_pipeline
 import diffaccel
 from diffaccel import (
     AdaptiveGuidance,
+    BlockCache,
+    Forecast,
     GuidanceInterval,
     Recipe,
     RecipeError,
+    RegionSampling,
+    ResidualCache,
     SkipCache,
+    StepReuse,
     StepSchedule,
     TokenDownsampling,
     TokenMerging,
@@ -25,23 +30,39 @@ from diffaccel.method import registry
 from diffaccel.recipe import CONFLICTS, build_method, resolve_recipe
 
 # No setting below has its default value.
+SCHEDULED = {
+    "interval": 5,
+    "schedule": (0, 4, 9),
+    "window": (math.inf, 0.1),
+    "full_first": 2,
+    "full_last": 3,
+    "min_evaluations": 4,
+}
 UNUSUAL = (
     GuidanceInterval(high=5.42, low=0.28, start_fraction=0.1, stop_fraction=0.9),
     AdaptiveGuidance(threshold=0.97),
-    SkipCache(
-        interval=5,
-        depth=2,
-        schedule=(0, 4, 9),
-        window=(math.inf, 0.1),
-        order=2,
-        full_first=2,
-        full_last=3,
-        min_evaluations=4,
-    ),
+    SkipCache(**SCHEDULED, depth=2, order=2),
     TokenMerging(ratio=0.25, importance=True, min_tokens=64, start_fraction=0.1, stop_fraction=0.8, seed=7),
     TokenDownsampling(factor=3, reduction="average", min_tokens=100, start_fraction=0.2, stop_fraction=0.7),
     StepSchedule(fraction=0.5, spacing="trailing"),
     StepSchedule(steps=12, spacing="ays"),
+    ResidualCache(**SCHEDULED, keep_first=2, keep_last=3, order=2, coordinate="log_sigma"),
+    Forecast(**SCHEDULED, order=1, target="residual", coordinate="flow_time"),
+    RegionSampling(
+        ratio=0.25,
+        start=3,
+        end=20,
+        resets=(7, 14),
+        metric="norm",
+        high_share=0.5,
+        starvation=0.5,
+        frozen="reuse",
+        min_evaluations=12,
+        allow_stochastic=True,
+    ),
+    BlockCache(kind="mag", threshold=0.1, ratios=(1.0, 0.9), window=(math.inf, 0.1), max_hits=2, full_first=5),
+    BlockCache(kind="taylor", interval=3, order=2, target="output", full_last=2, min_evaluations=12),
+    StepReuse(threshold=0.03, max_skips=2, full_first=5, full_last=2, min_evaluations=12, allow_stochastic=True),
 )
 MORE = (SkipCache(schedule="late"), GuidanceInterval(low=0.3), AdaptiveGuidance(), TokenMerging(), SkipCache())
 

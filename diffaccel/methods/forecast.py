@@ -22,7 +22,7 @@ from diffaccel.methods.cache_plan import (
     note_whole_controlnets,
 )
 from diffaccel.methods.residual_cache import attach_residual
-from diffaccel.methods.skip_cache import SkipCache
+from diffaccel.methods.skip_cache import SkipCache, attach_skip
 from diffaccel.model_map import ModelMap
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.models.unet import UNetLayout
@@ -69,8 +69,8 @@ class Forecast(CacheSettings):
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         if isinstance(model.layout, UNetLayout):
-            run.note("forecast: on a UNet this is skip_cache with the same order; its counts are under that name.")
-            self._on_unet().attach(model, run, seams)
+            run.note("forecast: on a UNet this is what skip_cache does with the same order.")
+            attach_skip(self, self._on_unet().depth_for(model), self.order, (model, run, seams))
         elif self.target == "residual":
             attach_residual(self, (0, 0), self.order, self.coordinate, (model, run, seams))
         else:

@@ -72,35 +72,42 @@ class SkipCache(CacheSettings):
         return max(depths[0], min(model.convention.default_depth, depths[-1]))
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        depth = self.depth_for(model)
-        if isinstance(model.layout, UNetLayout):
-            bypass = Bypass(self.order)
-            _attach_to_unet(model, depth, bypass, run, seams)
-        else:
-            bypass = BlockBypass(self.order)
-            _attach_to_transformers(model, depth, bypass, run, seams)
-        SkipPlan(self, bypass, model, run, ("skip", depth)).attach()
+        attach_skip(self, self.depth_for(model), self.order, (model, run, seams))
 
 
-def _attach_to_unet(model: ModelMap, depth: int, bypass: Bypass, run: Run, seams: Seams) -> None:
+def attach_skip(settings: CacheSettings, depth: int, order: int, where: tuple[ModelMap, Run, Seams]) -> None:
+    """Cache one tensor at `depth` by the schedule of `settings`, under whose name everything is counted."""
+    model, run, seams = where
+    if isinstance(model.layout, UNetLayout):
+        bypass = Bypass(order)
+        whole = _attach_to_unet(model, depth, bypass, seams)
+    else:
+        bypass = BlockBypass(order)
+        whole = _attach_to_transformers(model, depth, bypass, seams)
+    for net in whole:
+        run.note(f"{settings.name}: {type(net).__name__} always runs whole.")
+    SkipPlan(settings, bypass, model, run, ("skip", depth)).attach()
+
+
+def _attach_to_unet(model: ModelMap, depth: int, bypass: Bypass, seams: Seams) -> list[nn.Module]:
+    """Returns the ControlNets that cannot stop early."""
     bypass_unet(model.unet(SkipCache.name), depth, bypass, seams)
     for net, layout in model.controlnets:
-        if layout is None:
-            run.note(f"skip_cache: {type(net).__name__} always runs whole.")
-        else:
+        if layout is not None:
             bypass_controlnet(net, layout, depth, bypass, seams)
+    return [net for net, layout in model.controlnets if layout is None]
 
 
-def _attach_to_transformers(model: ModelMap, depth: int, bypass: BlockBypass, run: Run, seams: Seams) -> None:
+def _attach_to_transformers(model: ModelMap, depth: int, bypass: BlockBypass, seams: Seams) -> list[nn.Module]:
+    """Returns the ControlNets that cannot stop early."""
     for _, layout in model.denoisers:
         if isinstance(layout, TransformerLayout):
             bypass_blocks(layout, depth, bypass, seams)
-    for net, _ in model.controlnets:
-        control = describe_control(net)
-        if control is None:
-            run.note(f"skip_cache: {type(net).__name__} always runs whole.")
-        else:
+    described = [(net, describe_control(net)) for net, _ in model.controlnets]
+    for _, control in described:
+        if control is not None:
             bypass_control(control, depth, bypass, seams)
+    return [net for net, control in described if control is None]
 
 
 def _depths(network: nn.Module, layout: Layout) -> range:

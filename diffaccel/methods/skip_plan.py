@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffaccel.errors import Unsupported
 from diffaccel.methods.bypass import Bypass
-from diffaccel.methods.cache_plan import CachePlan, Seen, default_coordinate
+from diffaccel.methods.cache_plan import CachePlan, CacheSettings, Seen, default_coordinate
 from diffaccel.model_map import ModelMap
 from diffaccel.models.unet import UNetLayout
 from diffaccel.run import Call, Layer, Proceed, Run
-
-if TYPE_CHECKING:
-    from diffaccel.methods.skip_cache import SkipCache
 
 
 class SkipPlan(CachePlan):
     """The decision for every evaluation, for the denoiser and for the ControlNets that are called before it."""
 
-    def __init__(self, settings: SkipCache, bypass: Bypass, model: ModelMap, run: Run, tag: Any) -> None:
+    def __init__(self, settings: CacheSettings, bypass: Bypass, model: ModelMap, run: Run, tag: Any) -> None:
         coordinate = "log_sigma" if isinstance(model.layout, UNetLayout) else default_coordinate(model)
         super().__init__(settings, bypass, model, run, tag, coordinate)
         self.used_by_controlnet = False
@@ -49,7 +46,7 @@ class SkipPlan(CachePlan):
     def _force_full(self, call: Call) -> None:
         if self.used_by_controlnet:
             raise Unsupported(
-                "skip_cache: the denoiser's inputs changed within a step in which its ControlNet was cut short; "
+                f"{self.settings.name}: the denoiser's inputs changed within a step in which its ControlNet was cut short; "
                 "change prompts and adapters between steps."
             )
         super()._force_full(call)
