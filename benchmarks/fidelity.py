@@ -20,8 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a checkout that is not installed
 
-from diffusers import DiffusionPipeline
-
 from benchmarks.fidelity_table import Page, against_line, target
 from benchmarks.recipes import chosen_presets, methods_alone, transformer_methods_alone
 from benchmarks.subjects import SUBJECTS, Subject
@@ -30,7 +28,7 @@ from diffaccel.compare import score
 from diffaccel.comparison import Row
 from diffaccel.contest import PLAIN, Contestant, Runner, Settings, measure, verify_plain
 from diffaccel.frontier import save_frontier
-from diffaccel.miniatures import load_judge, miniature_path, recommended_guidance
+from diffaccel.miniatures import load_folder, load_judge, miniature_path, recommended_guidance
 from diffaccel.miniatures.scenes import held_out_prompts
 from diffaccel.output import write_text
 from diffaccel.recipe import Recipe
@@ -71,7 +69,7 @@ def entries(recipes: Sequence[Recipe], steps: int) -> list[Contestant]:
 def prepare(options: Options) -> tuple[Runner, list[Any], Any]:
     """Runner with the recommended guidance, held-out prompts (half of them with two objects), and the judge."""
     subject = options.subject
-    pipe = DiffusionPipeline.from_pretrained(options.folder, local_files_only=True)
+    pipe = load_folder(options.folder)
     pipe.to(options.device).set_progress_bar_config(disable=True)
     cases = held_out_prompts("mixed", options.prompts, options.seed)
     guidance = recommended_guidance(subject.name) if options.guidance is None else options.guidance

@@ -69,10 +69,10 @@ def _load(model: str) -> Any:
 
     if model in NAMES:
         return diffaccel.load_miniature(model)
-    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True, **_absent_parts(Path(model)))
+    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True, **absent_parts(Path(model)))
 
 
-def _absent_parts(folder: Path) -> dict[str, None]:
+def absent_parts(folder: Path) -> dict[str, None]:
     """Parts that a folder was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told about them."""
     if not folder.is_dir():
         return {}

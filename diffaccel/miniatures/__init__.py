@@ -45,11 +45,11 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
     import diffusers
     import torch
 
+    from diffaccel.loading import absent_parts
+
     index = json.loads((folder / "model_index.json").read_text())
-    # Some pipelines want to be told about each part that they are to do without.
-    absent = {name: None for name, origin in index.items() if isinstance(origin, list) and origin[0] is None}
     kind = getattr(diffusers, index["_class_name"])
-    pipe: DiffusionPipeline = kind.from_pretrained(folder, local_files_only=True, **absent)
+    pipe: DiffusionPipeline = kind.from_pretrained(folder, local_files_only=True, **absent_parts(folder))
     # Cast afterwards, because the argument's name differs between the versions of diffusers that we support, and
     # with torch's own method, because diffusers' warns about modules to be kept in float32 even if there are none.
     for part in pipe.components.values():
