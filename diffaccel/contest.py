@@ -13,6 +13,7 @@ from torch import Tensor
 from diffaccel.bench import Clock, closest_steps, rotated, timed
 from diffaccel.comparison import Kind
 from diffaccel.errors import DiffaccelError
+from diffaccel.generate import guidance_arguments
 from diffaccel.recipe import Recipe
 from diffaccel.report import Report
 from diffaccel.wrapping import AcceleratedPipeline, wrap
@@ -103,13 +104,12 @@ class Runner:
     def call(self, pipeline: Any, steps: int, batch: range) -> Tensor:
         """One call of a stock or wrapped pipeline; (n, 3, h, w) on the CPU."""
         settings = self.settings
-        guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
         output = pipeline(
             prompt=[self.prompts[i] for i in batch],
             num_inference_steps=steps,
             generator=[torch.Generator("cpu").manual_seed(settings.seed + i) for i in batch],
             output_type="pt",
-            **guidance,
+            **guidance_arguments(self.pipe, settings.guidance, len(batch)),
             **settings.call,
         )
         images: Tensor = output.images

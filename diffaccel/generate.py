@@ -119,17 +119,22 @@ def call_arguments(pipe: Any, batch: Sequence[Job], settings: Settings) -> dict[
         # On the CPU, so that a seed means the same picture on every device.
         "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
     }
-    arguments |= _guidance_arguments(pipe, settings, len(batch))
+    arguments |= guidance_arguments(pipe, settings.guidance, len(batch), settings.negative)
     if settings.size is not None:
         arguments["width"], arguments["height"] = settings.size
     _refuse_unknown(pipe, arguments)
     return arguments
 
 
-def _guidance_arguments(pipe: Any, settings: Settings, images: int) -> dict[str, Any]:
-    """Scale and negative prompts. Pipelines with a distilled scale have another argument for the real one."""
-    scale = settings.guidance
-    arguments: dict[str, Any] = {"negative_prompt": [settings.negative] * images} if settings.negative else {}
+def guidance_arguments(pipe: Any, scale: float | None, images: int, negative: str = "") -> dict[str, Any]:
+    """Call arguments for a guidance scale and negative prompts; None keeps the pipeline's own scale.
+
+    Pipelines with a distilled scale have another argument for the real one.
+
+    Raises:
+        GenerateError: a negative prompt has no effect on this pipeline, or none without a scale.
+    """
+    arguments: dict[str, Any] = {"negative_prompt": [negative] * images} if negative else {}
     if "true_cfg_scale" not in inspect.signature(type(pipe).__call__).parameters:
         return arguments if scale is None else {**arguments, "guidance_scale": scale}
     if pipe.transformer.config.guidance_embeds:
@@ -142,7 +147,7 @@ def _guidance_arguments(pipe: Any, settings: Settings, images: int) -> dict[str,
         if arguments:
             raise GenerateError(f"{type(pipe).__name__} needs a guidance scale for a negative prompt; give one.")
         return {}
-    return {"true_cfg_scale": scale, "negative_prompt": [settings.negative] * images}
+    return {"true_cfg_scale": scale, "negative_prompt": [negative] * images}
 
 
 def _refuse_unknown(pipe: Any, arguments: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ same for every scheduler. Variance-preserving models: sigma = sqrt((1 - abar) / 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -16,10 +17,26 @@ from diffaccel.errors import Unsupported
 # Their `sigmas` list does not line up with `timesteps`: every other evaluation happens at an interpolated noise level.
 _MISALIGNED_SIGMAS = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
+# Schedulers that draw noise on every step; others do so for some settings only (see `adds_noise`).
+_NOISY = (
+    *("Ancestral", "SDE", "Sde", "DDPM", "LCM", "TCD", "SASolver", "RePaint", "UnCLIP", "Cosine", "CogVideoXDPM"),
+    "ConsistencyModels",
+)
+
 
 def is_flow(scheduler: Any) -> bool:
     """True if the scheduler's `sigmas` are flow times s in [0, 1] and not EDM sigmas."""
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
+def adds_noise(scheduler: Any, eta: float = 0.0) -> bool:
+    """Whether a diffusers scheduler draws noise in `step`; `eta` is the pipeline's argument for those that take it."""
+    config = scheduler.config
+    if any(word in type(scheduler).__name__ for word in _NOISY) or config.get("stochastic_sampling", False):
+        return True
+    if any("sde" in str(config.get(name, "")) for name in ("algorithm_type", "solver_type")):
+        return True
+    return eta > 0 and "eta" in inspect.signature(scheduler.step).parameters
 
 
 def edm_sigma(scheduler: Any, timestep: float, index: int | None) -> float:

@@ -6,36 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from diffaccel.errors import Unsupported
-from diffaccel.run import Evaluation, Run
-
-
-@dataclass
-class RegionCounts:
-    """How often each token was computed by region sampling.
-
-    Attributes:
-        counts: (images, h, w) int64 over the token grid.
-        evaluations: evaluations of the network; no count is larger.
-    """
-
-    counts: torch.Tensor
-    evaluations: int = 0
-
-    @classmethod
-    def empty(cls, images: int, grid: tuple[int, int]) -> RegionCounts:
-        """No evaluation yet."""
-        return cls(torch.zeros(images, *grid, dtype=torch.int64))
-
-    def add(self, computed: torch.Tensor) -> None:
-        """One evaluation: (images, tokens) bool; tokens behind those of the picture are left out."""
-        _, height, width = self.counts.shape
-        seen = computed[:, : height * width].reshape(-1, height, width)
-        self.counts = self.counts.to(seen.device) + seen
-        self.evaluations += 1
+from diffaccel.run import Evaluation, RegionCounts, Run
 
 
 @dataclass(frozen=True)
@@ -126,8 +100,6 @@ class Report:
 def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed: bool) -> Report:
     """Sum up a run. `completed` says whether the pipeline returned normally."""
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
-    # a method's counters go to JSON as they are; its map of the picture does not
-    regions = [counter.pop("regions") for counter in run.counters.values() if "regions" in counter]
     return Report(
         steps=run.clock.step + 1,
         evaluations=sum(e.rows > 0 for e in denoiser),
@@ -140,7 +112,7 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
         methods=run.counters,
         notes=tuple(run.notes),
         trace=tuple(run.evaluations),
-        regions=regions[0] if regions else None,
+        regions=run.regions,
     )
 
 

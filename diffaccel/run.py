@@ -231,6 +231,31 @@ class Evaluation:
 
 
 @dataclass
+class RegionCounts:
+    """How often each token was computed by region sampling.
+
+    Attributes:
+        counts: (images, h, w) int64 over the token grid.
+        evaluations: evaluations of the network; no count is larger.
+    """
+
+    counts: torch.Tensor
+    evaluations: int = 0
+
+    @classmethod
+    def empty(cls, images: int, grid: tuple[int, int]) -> RegionCounts:
+        """No evaluation yet."""
+        return cls(torch.zeros(images, *grid, dtype=torch.int64))
+
+    def add(self, computed: torch.Tensor) -> None:
+        """One evaluation: (images, tokens) bool; tokens behind those of the picture are left out."""
+        _, height, width = self.counts.shape
+        seen = computed[:, : height * width].reshape(-1, height, width)
+        self.counts = self.counts.to(seen.device) + seen
+        self.evaluations += 1
+
+
+@dataclass
 class Run:
     """All state of one pipeline call.
 
@@ -245,6 +270,7 @@ class Run:
         plain_ratio: evaluations of the plain call over evaluations of this one (schedule methods change it).
         evaluations: every executed network call, in order.
         counters: per method name, what it did; printed in the report.
+        regions: how often each token was computed; None without region sampling.
         notes: sentences for the report (things a user should know, fallbacks included).
     """
 
@@ -263,6 +289,7 @@ class Run:
     plain_ratio: float = 1.0
     evaluations: list[Evaluation] = field(default_factory=list)
     counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    regions: RegionCounts | None = None
     notes: list[str] = field(default_factory=list)
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)

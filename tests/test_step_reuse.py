@@ -23,7 +23,8 @@ from diffusers import (
 
 import diffaccel
 from diffaccel import AdaptiveGuidance, GuidanceInterval, StepReuse, Unsupported
-from diffaccel.methods.step_reuse import _Reuse, _Track, adds_noise, mean_move, moves_evenly
+from diffaccel.methods.step_reuse import _Reuse, _Track, mean_move, moves_evenly
+from diffaccel.noise import adds_noise
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALWAYS = 1e9  # a threshold that every image meets

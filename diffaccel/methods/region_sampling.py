@@ -26,8 +26,8 @@ from diffaccel.methods.regions_tokens import Pass, Stored, TokenGate
 from diffaccel.model_map import ModelMap
 from diffaccel.models.regions import region_facts
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.report import RegionCounts
-from diffaccel.run import Call, Clock, Layer, Proceed, Run
+from diffaccel.noise import adds_noise
+from diffaccel.run import Call, Clock, Layer, Proceed, RegionCounts, Run
 from diffaccel.seams import Seams
 
 
@@ -96,7 +96,11 @@ class RegionSampling(Method):
             )
 
     def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
-        self._refuse_noise((arguments.get("eta") or 0) > 0, f"eta {arguments.get('eta')}")
+        eta = float(arguments.get("eta") or 0.0)
+        if not self.is_off:
+            self._refuse_noise(
+                adds_noise(pipe.scheduler, eta), f"eta {eta:g}" if eta else type(pipe.scheduler).__name__
+            )
         return arguments
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
@@ -112,14 +116,6 @@ class RegionSampling(Method):
         if step < self.start or (self.end is not None and step >= self.end):
             return True
         return step in self.resets if isinstance(self.resets, tuple) else since_dense >= self.resets
-
-
-def adds_noise(scheduler: Any) -> bool:
-    """Whether a scheduler draws fresh noise on every step."""
-    name, config = type(scheduler).__name__, scheduler.config
-    kinds = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver", "ConsistencyModels")
-    sde = str(config.get("algorithm_type", "")).startswith("sde") or "sde" in str(config.get("solver_type", ""))
-    return any(kind in name for kind in kinds) or sde or bool(config.get("stochastic_sampling", False))
 
 
 @dataclass
@@ -319,7 +315,6 @@ class _Regions:
         counter = self.run.counters[self.config.name]
         stored = sum(lane.stored.bytes for lane in self.lanes.values())
         counter["key and value bytes"] = max(counter.get("key and value bytes", 0), stored)
-        regions = counter.get("regions")
-        if regions is None or regions.counts.shape[0] != images:
-            regions = counter["regions"] = RegionCounts.empty(images, self.scores.grid(guided, self.arguments))
-        regions.add(computed)
+        if self.run.regions is None or self.run.regions.counts.shape[0] != images:
+            self.run.regions = RegionCounts.empty(images, self.scores.grid(guided, self.arguments))
+        self.run.regions.add(computed)

@@ -8,7 +8,6 @@ scheduler always steps. Decided per image, while the authors average over the ba
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,11 +20,9 @@ from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import conditions_of, settled, warn_few
 from diffaccel.methods.conditions import AdapterProbe, Conditions
 from diffaccel.model_map import ModelMap
+from diffaccel.noise import adds_noise
 from diffaccel.run import Call, Layer, Proceed, Run, map_output, prediction
 from diffaccel.seams import Seams
-
-# Schedulers that add noise on every step; others do so for some settings only (see `adds_noise`).
-_NOISY = ("Ancestral", "SDE", "Sde", "DDPM", "LCM", "TCD", "SASolver", "RePaint", "UnCLIP", "Cosine", "CogVideoXDPM")
 
 
 @register
@@ -80,16 +77,6 @@ class StepReuse(Method):
         run.before_evaluation(Layer.STEP, reuse.begin)
         run.around("denoiser", Layer.STEP, reuse.around_denoiser)
         run.around("controlnet", Layer.STEP, reuse.around_controlnet)
-
-
-def adds_noise(scheduler: Any, eta: float = 0.0) -> bool:
-    """Whether a diffusers scheduler draws noise in `step`; `eta` is the pipeline's argument for those that take it."""
-    config = scheduler.config
-    if any(word in type(scheduler).__name__ for word in _NOISY) or config.get("stochastic_sampling", False):
-        return True
-    if "sde" in str(config.get("algorithm_type", "")):
-        return True
-    return eta > 0 and "eta" in inspect.signature(scheduler.step).parameters
 
 
 def mean_move(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
