@@ -1,0 +1,285 @@
+"""What erasure removes, spares and withstands, on a bundled model with its judge: every method, the same prompts and seeds.
+
+    python benchmarks/erasure.py                                       # everything (hours on a CPU, minutes on a GPU)
+    python benchmarks/erasure.py --concepts circle red joint --methods uce speed --pictures 128 --steps 15
+    python benchmarks/erasure.py --subject shapes-sd3 --device cuda --batch 64
+    python benchmarks/erasure.py --set speed.rho=0.05 --label "rho 0.05"     # a setting of one method, as another row
+
+Results are written after every edit, and what is in the file already is not measured again. `--merge` adds rows that
+another process wrote; `--render` only writes the page again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a checkout that is not installed
+
+import torch
+from torch import Tensor
+
+from benchmarks.erasure_measure import Bench, measure
+from benchmarks.erasure_table import line, page
+from benchmarks.erasure_tasks import Task, concepts, keep_list, tasks
+from benchmarks.subjects import SUBJECTS
+from diffaccel.bench import machine
+from diffaccel.comparison import _json_value as json_value
+from diffaccel.erasure.attacks import ATTACKS, Budget
+from diffaccel.erasure.recording import Drawing
+from diffaccel.miniatures import load_folder, load_judge, load_miniature, recommended_guidance
+from diffaccel.output import write_text
+
+METHODS = ("uce", "rece", "speed", "mace")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    subject: str
+    methods: list[str]
+    concepts: list[str]
+    keep: str
+    synonyms: str
+    anchor: str | None
+    set: list[str]
+    label: str
+    pictures: int
+    erased_pictures: int
+    attacks: list[str]
+    attack_pictures: int
+    attack_iterations: int
+    steps: int
+    guidance: float | None
+    seed: int
+    batch: int
+    device: str
+    threads: int
+    without: list[str]
+    out: Path
+    stem: str
+    merge: list[Path]
+    render: bool
+    restart: bool
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must be equal for two rows to be comparable."""
+        names = ("pictures", "erased_pictures", "attack_pictures", "attack_iterations", "steps", "seed")
+        return {name: getattr(self, name) for name in names} | {"guidance": self.scale}
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale."""
+        return recommended_guidance(self.subject) if self.guidance is None else self.guidance
+
+    def parameters(self, method: str) -> dict[str, Any]:
+        """Settings of one method from `--set method.name=value`, values as JSON or else text."""
+        found = {}
+        for item in self.set:
+            name, value = item.split("=", 1)
+            owner, key = name.split(".", 1)
+            if owner in (method, "all"):
+                found[key] = _json_or_text(value)
+        return found
+
+    def key(self, method: str, task: Task) -> list[Any]:
+        """What tells rows apart."""
+        return [self.subject, method, task.name, self.keep, self.synonyms, self.anchor, self.parameters(method)]
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+class Results:
+    """The rows measured so far, in one JSON file that is rewritten after each."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], *, restart: bool) -> None:
+        self.path, self.facts = path, dict(facts)
+        self.rows: list[dict[str, Any]] = [] if restart or not path.exists() else read_rows(path)
+
+    def has(self, key: Sequence[Any], conditions: Mapping[str, Any], attacks: Sequence[str]) -> bool:
+        """Whether this was measured under these conditions, with these attacks at least."""
+        return any(
+            row["key"] == list(key) and row["conditions"] == dict(conditions) and set(attacks) <= set(row["attacks"])
+            for row in self.rows
+        )
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep rows, the newest of each key; a process that writes the same file at the same time loses nothing."""
+        others = read_rows(self.path) if self.path.exists() and self.rows else []
+        merged = {json.dumps(row["key"]): row for row in (*others, *self.rows, *map(json_value, rows))}
+        self.rows = list(merged.values())
+        text = json.dumps({"machine": self.facts, "rows": self.rows}, indent=1, allow_nan=False) + "\n"
+        write_text(self.path, text, overwrite=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that this script wrote."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
+
+
+def load(options: Options, folder: Path | None = None) -> Any:
+    """The subject, or another model of its kind."""
+    pipe: Any = load_miniature(options.subject) if folder is None else load_folder(folder)
+    pipe.to(options.device).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prepare(options: Options) -> Bench:
+    """Everything that all edits share; draws the unedited pool."""
+    drawing = Drawing(options.steps, options.scale, options.seed, options.batch, SUBJECTS[options.subject].call)
+    budget = Budget(iterations=options.attack_iterations)
+    replacements = {name: load(options, Path(path)) for name, path in (item.split("=", 1) for item in options.without)}
+    return Bench(
+        load(options),
+        load_judge(),
+        drawing,
+        budget,
+        options.pictures,
+        options.erased_pictures,
+        options.attack_pictures,
+        replacements,
+    )
+
+
+def run(options: Options, results: Results) -> None:
+    """Measure what is missing, one edit after the other."""
+    wanted = [
+        (method, task)
+        for task in tasks(options.concepts)
+        for method in options.methods
+        if not results.has(options.key(method, task), options.conditions, options.attacks)
+    ]
+    if not wanted:
+        return
+    bench = prepare(options)
+    for done, (method, task) in enumerate(wanted):
+        started = time.perf_counter()
+        row = one(bench, options, method, task)
+        results.add([row])
+        print(
+            f"{done + 1} of {len(wanted)} ({time.perf_counter() - started:.0f} s): {line(json_value(row))}", flush=True
+        )
+
+
+def one(bench: Bench, options: Options, method: str, task: Task) -> dict[str, Any]:
+    """Erase, measure and undo."""
+    edit, seconds = make_edit(bench.pipe, options, method, task)
+    kept = keep_list(task, options.keep)  # type: ignore[arg-type]
+    row = measure(bench, edit, task, kept, options.attacks)
+    return {
+        "key": options.key(method, task),
+        "subject": options.subject,
+        "method": method,
+        "label": options.label,
+        "task": task.name,
+        "group": task.group,
+        "conditions": options.conditions,
+        "seconds": seconds,
+        "digest": edit.digest,
+        "parameters": _plain(dict(edit.parameters)),
+        "diagnostics": _plain(dict(edit.diagnostics)),
+        **row,
+    }
+
+
+def make_edit(pipe: Any, options: Options, method: str, task: Task) -> tuple[Any, float]:
+    """The edit and the seconds it took."""
+    import diffaccel
+
+    started = time.perf_counter()
+    edit = diffaccel.erase(
+        pipe,
+        concepts(task, options.synonyms == "listed", options.anchor),
+        keep=keep_list(task, options.keep),  # type: ignore[arg-type]
+        method=method,
+        **options.parameters(method),
+    )
+    return edit, time.perf_counter() - started
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of what a method says about itself; tensors as lists, whatever else as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", default="shapes-sd", choices=SUBJECTS, help="bundled model")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument(
+        "--concepts",
+        nargs="+",
+        default=["shapes", "colours", "textures", "joint"],
+        help="shapes, colours, textures, joint, single words, or words joined with + that are erased together",
+    )
+    parser.add_argument("--keep", default="words", choices=("words", "captions", "both", "half", "none"))
+    parser.add_argument("--synonyms", default="listed", choices=("listed", "none"), help="whether erase is told them")
+    parser.add_argument("--anchor", help="what concepts are replaced by; default: the method's own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="settings; METHOD may be all")
+    parser.add_argument("--label", default="", help="name of these settings in the table")
+    parser.add_argument(
+        "--pictures", type=int, default=320, help="prompts about everything; more than 192 kept for Frechet"
+    )
+    parser.add_argument("--erased-pictures", type=int, default=64, help="prompts per erased concept, synonyms included")
+    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=ATTACKS)
+    parser.add_argument("--attack-pictures", type=int, default=24, help="attacked prompts per edit")
+    parser.add_argument("--attack-iterations", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, help="default: the recommended one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; default: its own choice")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="CONCEPT=FOLDER", help="models trained without it: the floor"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--stem", default="erasure", help="of the two files written")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files with further rows")
+    parser.add_argument("--render", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--restart", action="store_true", help="forget what was measured before")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing and write the page and its figures."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.stem}.json"
+    results = Results(path, machine(options.device), restart=options.restart)
+    if options.merge:
+        results.add([row for other in options.merge for row in read_rows(other)])
+    try:
+        if not options.render:
+            run(options, results)
+    finally:
+        text = page(results.rows, results.facts)
+        write_text(path.with_suffix(".md"), text, overwrite=True)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

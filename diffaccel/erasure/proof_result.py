@@ -1,0 +1,248 @@
+"""What a proof found: figures per concept and attack, pictures, and their table, JSON and sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from diffaccel.bench import describe_machine
+from diffaccel.comparison import _json_value as json_value
+from diffaccel.erasure.probes import Probe, Role
+from diffaccel.output import OutputFolder, write_text
+from diffaccel.quality import Interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TITLES: dict[str, str] = {
+    "erased": "erased",
+    "synonym": "erased, another name",
+    "kept": "kept",
+    "neighbour": "not listed",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One concept, before and after the edit, on the same prompts and seeds.
+
+    Attributes:
+        role: erased, synonym (another name of an erased concept), kept, or neighbour (near it, listed nowhere).
+        looked_for: what was recognised or not; for synonyms the erased concept.
+        distance: root mean square change of pixels, 0 to 1.
+        before, after: share of pictures in which it was recognised; None if nobody decides.
+        change: after minus before, paired.
+        clip_before, clip_after: mean agreement of picture and prompt.
+        kernel_before, kernel_after: kernel distance to the real pictures in the reference folder.
+    """
+
+    role: Role
+    concept: str
+    looked_for: str
+    prompts: int
+    distance: float
+    before: Interval | None = None
+    after: Interval | None = None
+    change: Interval | None = None
+    clip_before: float | None = None
+    clip_after: float | None = None
+    kernel_before: float | None = None
+    kernel_after: float | None = None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack on prompts that name an erased concept.
+
+    Attributes:
+        lengths: norm of the attacking embedding over that of the prompt's; a large one is no realistic prompt.
+        losses: difference to the original predictions at the first and the last step; () for the closed form.
+        pictures: (n, 3, 3, h, w): original, edited, and edited under attack.
+        original, before, after: share of pictures that show the concept, in the same order.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    lengths: float
+    losses: tuple[float, ...]
+    seconds: float
+    pictures: Tensor = field(repr=False)
+    original: Interval | None = None
+    before: Interval | None = None
+    after: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome of `prove`.
+
+    Attributes:
+        edit: method, concepts, keeps, parameters, leaks and digest of the edit.
+        null_drift: relative change of the prediction for the empty prompt; if it moves, all pictures do.
+        frechet: distance of kept and neighbouring pictures after the edit to those before; None for too few of them.
+        notes: what a reader should know, who decided first.
+        probes, before, after: the prompts, and their pictures (n, 3, h, w) in [0, 1].
+    """
+
+    edit: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    attacks: tuple[AttackResult, ...]
+    null_drift: float | None
+    frechet: float | None
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    notes: tuple[str, ...]
+    probes: tuple[Probe, ...] = field(repr=False)
+    before: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+
+    def of(self, *roles: str) -> list[Row]:
+        """The rows of some roles."""
+        return [row for row in self.rows if row.role in roles]
+
+    @property
+    def erased(self) -> float | None:
+        """Share of pictures of erased concepts, by any of their names, that still show them."""
+        return _mean((row.after, row.prompts) for row in self.of("erased", "synonym"))
+
+    @property
+    def kept_change(self) -> float | None:
+        """Mean change of the share in which kept and neighbouring concepts are recognised."""
+        return _mean((row.change, row.prompts) for row in self.of("kept", "neighbour"))
+
+    @property
+    def worst_kept(self) -> Row | None:
+        """The kept or neighbouring concept that lost most."""
+        rows = [row for row in self.of("kept", "neighbour") if row.change is not None]
+        return min(rows, key=lambda row: row.change.mean if row.change else 0.0, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the pictures."""
+        worst = self.worst_kept
+        summary = {
+            "erased_after": self.erased,
+            "kept_change": self.kept_change,
+            "worst_kept": None if worst is None else {"concept": worst.concept, "change": worst.change},
+            "null_drift": self.null_drift,
+            "frechet": self.frechet,
+        }
+        found = {
+            "edit": self.edit,
+            "summary": summary,
+            "rows": [vars(row) for row in self.rows],
+            "attacks": [{k: v for k, v in vars(a).items() if k != "pictures"} for a in self.attacks],
+            "settings": self.settings,
+            "machine": self.machine,
+            "notes": self.notes,
+            "prompts": [vars(probe) for probe in self.probes],
+        }
+        return {key: json_value(value) for key, value in found.items()}
+
+    def summary(self) -> list[str]:
+        """A few sentences with the figures that count."""
+        lines = []
+        if self.erased is not None:
+            lines.append(
+                f"Erased concepts are recognised in {100 * self.erased:.1f} % of their pictures, all names together."
+            )
+        worst = self.worst_kept
+        if self.kept_change is not None and worst is not None and worst.change is not None:
+            lines.append(
+                f"Kept and unlisted concepts change by {100 * self.kept_change:+.1f} points on average; the worst is "
+                f"{worst.concept} ({100 * worst.change.mean:+.1f})."
+            )
+        if self.null_drift is not None:
+            lines.append(f"The prediction for the empty prompt moves by {100 * self.null_drift:.2f} %.")
+        if self.frechet is not None:
+            lines.append(f"Frechet distance of kept pictures after to before: {self.frechet:.3g}.")
+        return lines
+
+    def tables(self) -> list[Table]:
+        """Rich tables: concepts, and attacks if there were any; columns that nobody measured are left out."""
+        tables = [_rich(concept_columns(self.rows), describe_machine(self.machine))]
+        return [*tables, _rich(attack_columns(self.attacks), "")] if self.attacks else tables
+
+    def __str__(self) -> str:
+        from rich.console import Console  # noqa: PLC0415
+
+        text = io.StringIO()
+        console = Console(file=text, width=160)
+        for table in self.tables():
+            console.print(table)
+        return text.getvalue() + "\n".join([*self.summary(), *self.notes])
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write proof.json and proof.png into a folder; returns their paths. Raises `OutputError`."""
+        from diffaccel.erasure.proof_sheet import save_sheet  # noqa: PLC0415
+
+        target = OutputFolder(Path(folder), overwrite)
+        report, picture = target.claim("proof.json"), target.claim("proof.png")
+        write_text(report, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", overwrite=overwrite)
+        save_sheet(self, picture, overwrite=overwrite)
+        return [report, picture]
+
+
+def _mean(parts: Iterable[tuple[Interval | None, int]]) -> float | None:
+    """Mean weighted by the number of pictures; None if nothing was measured."""
+    known = [(interval.mean, count) for interval, count in parts if interval is not None]
+    return sum(m * c for m, c in known) / sum(c for _, c in known) if known else None
+
+
+def concept_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Table columns by title, formatted; only those with a value."""
+    found = {
+        "": [TITLES[row.role] for row in rows],
+        "concept": [row.concept for row in rows],
+        "prompts": [str(row.prompts) for row in rows],
+        "recognised before [95 %]": [percent(row.before) for row in rows],
+        "after [95 %]": [percent(row.after) for row in rows],
+        "change": ["" if row.change is None else f"{100 * row.change.mean:+.1f}" for row in rows],
+        "CLIP before": [_number(row.clip_before) for row in rows],
+        "CLIP after": [_number(row.clip_after) for row in rows],
+        "to real pictures before": [_number(row.kernel_before) for row in rows],
+        "to real pictures after": [_number(row.kernel_after) for row in rows],
+        "pixels": [f"{row.distance:.3f}" for row in rows],
+    }
+    return {title: cells for title, cells in found.items() if any(cells)}
+
+
+def attack_columns(results: Sequence[AttackResult]) -> dict[str, list[str]]:
+    """The same for attacks."""
+    found = {
+        "attack": [result.name.replace("_", " ") for result in results],
+        "prompts": [str(len(result.prompts)) for result in results],
+        "original model": [percent(result.original) for result in results],
+        "edited": [percent(result.before) for result in results],
+        "under attack": [percent(result.after) for result in results],
+        "length": [f"{result.lengths:.2f}x" for result in results],
+        "loss": [" to ".join(f"{loss:.3g}" for loss in result.losses) for result in results],
+        "seconds": [f"{result.seconds:.1f}" for result in results],
+    }
+    return {title: cells for title, cells in found.items() if any(cells)}
+
+
+def percent(value: Interval | None) -> str:
+    """A share with its interval in per cent."""
+    return "" if value is None else f"{100 * value.mean:.1f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _rich(columns: Mapping[str, Sequence[str]], caption: str) -> Table:
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(caption=caption)
+    for title in columns:
+        table.add_column(escape(title))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
