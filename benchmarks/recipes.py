@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from diffaccel import (
     AdaptiveGuidance,
+    Forecast,
     GuidanceInterval,
     Recipe,
+    RegionSampling,
+    ResidualCache,
     SkipCache,
+    StepReuse,
     TokenDownsampling,
     TokenMerging,
     presets,
@@ -38,6 +42,20 @@ def transformer_methods_alone() -> list[Recipe]:
     return [
         named("guidance above 1", GuidanceInterval(low=1.0)),
         named("adaptive guidance 0.999", AdaptiveGuidance(threshold=0.999)),
+        named("step reuse 0.05", StepReuse(threshold=0.05)),
+        named("forecast 2", Forecast(interval=2)),
+        named("forecast 2, quadratic", Forecast(interval=2, order=2)),
+        named("forecast 3", Forecast(interval=3)),
+        named("forecast 3, early", Forecast(interval=3, schedule="early")),
+        named("forecast 3, in flow time", Forecast(interval=3, coordinate="flow_time")),
+        named("residual cache 2, reuse", ResidualCache(interval=2, order=0)),
+        named("residual cache 2, linear", ResidualCache(interval=2, order=1)),
+        named("residual cache 3, linear", ResidualCache(interval=3, order=1)),
+        named("regions 0.5", RegionSampling(ratio=0.5)),
+        named("regions 0.5, reuse", RegionSampling(ratio=0.5, frozen="reuse")),
+        named("regions 0.5, as published", RegionSampling(ratio=0.5, metric="std", high_share=0.3, frozen="reuse")),
+        named("regions 0.25", RegionSampling(ratio=0.25)),
+        named("regions 0.25, reuse", RegionSampling(ratio=0.25, frozen="reuse")),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffaccel.methods import SkipCache, StepSchedule
+from diffaccel.methods import Forecast, SkipCache, StepSchedule
 from diffaccel.recipe import Recipe
 
 PRESETS = (
@@ -16,15 +16,18 @@ PRESETS = (
         name="balanced",
         note="Closest to the plain picture at about half the work; beats fewer steps at equal FLOPs on shapes-sd.",
         methods=(SkipCache(interval=3, order=1),),
+        transformer_methods=(Forecast(interval=3, schedule="early"),),
     ),
     Recipe(
         name="fast",
         note="A third of the work at the full number of steps; beats fewer steps at equal FLOPs on shapes-sd.",
         methods=(SkipCache(interval=5, order=1),),
+        transformer_methods=(Forecast(interval=4, schedule="early"),),
     ),
     Recipe(
         name="fastest",
         note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 16 or fewer are not cached.",
         methods=(StepSchedule(fraction=0.5), SkipCache(interval=3, order=1)),
+        transformer_methods=(StepSchedule(fraction=0.5), Forecast(interval=3, schedule="early")),
     ),
 )

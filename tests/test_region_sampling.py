@@ -374,11 +374,14 @@ class Oracle:
         self.past: dict[tuple[int, int], list[tuple[float, torch.Tensor]]] = {}
         self.dropped: list[list[int]] = []
         self.guided: torch.Tensor | None = None
+        self.guided_past: dict[tuple[int, int], list[tuple[float, list[torch.Tensor]]]] = {}
         self.chosen: list[list[list[int]] | None] = []
 
     def place(self) -> float:
         sigma = float(self.pipe.scheduler.sigmas[self.step])
-        return sigma if self.flow else math.log(sigma)
+        if not self.flow:
+            return math.log(sigma)
+        return math.log(sigma / (1 - sigma)) if sigma < 1 else math.inf
 
     def choose(self, tokens: int) -> list[list[int]] | None:
         total = len(self.pipe.scheduler.timesteps)
@@ -393,14 +396,21 @@ class Oracle:
         for image in range(self.images):
             score = []
             for token in range(tokens):
-                cells = self.cells_of(self.guided[image], token)
-                score.append(sum(float(cell.std()) for cell in cells) / len(cells))
+                score.append(self.score(image, token))
             active = math.ceil(self.config.ratio * tokens)
             chosen = slow_select(score, self.dropped[image], active, self.config.high_share, self.config.starvation)
             for token in range(tokens):
                 self.dropped[image][token] = 0 if token in chosen else self.dropped[image][token] + 1
             result.append(chosen)
         return result
+
+    def score(self, image: int, token: int) -> float:
+        if self.config.metric == "std":
+            assert self.guided is not None
+            cells = self.cells_of(self.guided[image], token)
+            return sum(float(cell.std()) for cell in cells) / len(cells)
+        (t0, before), (t1, after) = self.guided_past[image, token][-2:]
+        return sum(float((b - a).norm()) for a, b in zip(before, after, strict=True)) / len(after) / abs(t1 - t0)
 
     @staticmethod
     def cells_of(prediction: torch.Tensor, token: int) -> list[torch.Tensor]:
@@ -440,6 +450,10 @@ class Oracle:
         result = whole.permute(0, 5, 1, 3, 2, 4).reshape(len(embedded), -1, 2 * height, 2 * width)
         uncond, cond = result[:, : hidden_states.shape[1]].chunk(2)
         self.guided = uncond + self.guidance * (cond - uncond)
+        for image in range(self.images):
+            for token in range(self.tokens) if chosen is None else chosen[image]:
+                past = self.guided_past.setdefault((image, token), [])
+                past.append((self.place(), self.cells_of(self.guided[image], token)))
         self.step += 1
         return (result,)
 
@@ -536,13 +550,17 @@ class PixArtOracle(Oracle):
         return net.proj_out(net.norm_out(x) * (1 + scale) + shift)
 
 
-@pytest.mark.parametrize("frozen", ["forecast", "reuse"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"frozen": "reuse"}, {"metric": "std", "high_share": 0.3}, {"high_share": 0.5, "starvation": 1.0}],
+    ids=["defaults", "reuse", "std", "high share"],
+)
 @pytest.mark.parametrize(
     ("kind", "oracle"), [("sd3", SD3Oracle), ("sd3.5-medium", SD3Oracle), ("pixart-sigma", PixArtOracle)]
 )
-def test_a_full_run_is_that_of_the_oracle(kind: str, oracle: Any, frozen: Any) -> None:
+def test_a_full_run_is_that_of_the_oracle(kind: str, oracle: Any, settings: dict[str, Any]) -> None:
     """Three images of 2 x 8 tokens: with 16 tokens all priorities are exact, so equal ones tie everywhere."""
-    config = RegionSampling(ratio=0.4, start=3, resets=4, frozen=frozen)
+    config = RegionSampling(ratio=0.4, start=3, resets=4, **settings)
     pipe = tiny_pipeline(kind)
     fast = diffaccel.wrap(pipe, config)
     got = run(fast, kind, batch=3, size=(4, 16), steps=12)

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
-from diffaccel.methods.cache_plan import Seen, default_coordinate, noise_position, note_whole_controlnets, warn_few
+from diffaccel.methods.cache_plan import Seen, noise_position, note_whole_controlnets, warn_few
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.methods.regions_score import Scores
 from diffaccel.methods.regions_select import active_count, flat_index, gather_rows, rows_of_branches, select
@@ -41,13 +41,13 @@ class RegionSampling(Method):
         end: solver step from which all are dense again; None keeps only the last evaluation dense.
         resets: a dense step at the latest this many steps after the last one, or the solver steps that are dense; () for
             none between start and end.
-        metric: what a token is ranked by, in the guided prediction: "std" over the channels, "norm" over the channels,
-            or "change" of the prediction along the noise axis between its last two evaluations.
+        metric: what a token is ranked by, in the guided prediction: "std" over the channels (the authors' choice), "norm"
+            over the channels, or "change" of the prediction along the noise axis between its last two evaluations.
         high_share: share of the frozen tokens that is taken from the high end of the ranking; the rest are the lowest.
         starvation: how strongly a dropped token moves up; no token is dropped more than
             ceil(1 / starvation) + (tokens - 1) // active region steps in a row.
-        frozen: what the other tokens get: "forecast", linear in flow time (flow models) or log sigma from their last two
-            evaluations, or "reuse" of the last one.
+        frozen: what the other tokens get: "forecast", linear in log sigma from their last two evaluations, or "reuse" of
+            the last one. On the bundled transformer the forecast is closer at ratio 0.5, reuse at 0.25.
         min_evaluations: shorter runs stay dense (few-step models lose their picture); a warning and the report say so.
         allow_stochastic: run with schedulers that add noise on every step, whose grain stays in frozen regions.
     A region step has ratio * tokens rounded up; a run has two sequence lengths. Text tokens are always computed. A dense
@@ -63,8 +63,8 @@ class RegionSampling(Method):
     start: int = Field(default=4, ge=1)
     end: int | None = Field(default=None, ge=1)
     resets: Annotated[int, Field(ge=2)] | tuple[int, ...] = 8
-    metric: Literal["std", "norm", "change"] = "std"
-    high_share: float = Field(default=0.3, ge=0, le=1)
+    metric: Literal["std", "norm", "change"] = "change"
+    high_share: float = Field(default=0.0, ge=0, le=1)
     starvation: float = Field(default=0.25, gt=0)
     frozen: Literal["forecast", "reuse"] = "forecast"
     min_evaluations: int = Field(default=9, ge=1)
@@ -140,7 +140,6 @@ class _Regions:
 
     def __init__(self, config: RegionSampling, model: ModelMap, run: Run, seams: Seams) -> None:
         self.config, self.run = config, run
-        self.coordinate = default_coordinate(model)
         self.probes = [AdapterProbe(network) for network, _ in model.denoisers]
         self.gates = {
             id(network): TokenGate(region_facts(config.name, network), layout, seams)
@@ -256,7 +255,7 @@ class _Regions:
     def _pass(self, stored: Stored, index: torch.Tensor | None) -> Pass:
         clock, config = self.run.clock, self.config
         follows = clock.step + 1 >= config.start and (config.end is None or clock.step + 1 < config.end)
-        place = noise_position(clock.sigma, self.coordinate)
+        place = noise_position(clock.sigma, "log_sigma")
         return Pass(
             stored,
             index,
@@ -287,7 +286,7 @@ class _Regions:
         if self.dropped is None or self.dropped.shape != (images, tokens):
             self.dropped = torch.zeros(images, tokens, dtype=torch.int64, device=guided.device)
         computed = self._computed()
-        place = noise_position(self.run.clock.sigma, self.coordinate)
+        place = noise_position(self.run.clock.sigma, "log_sigma")
         self.scores.update(guided[:images], computed, place)
         if self.aged_step != self.step:
             self.aged_step = self.step
