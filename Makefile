@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/diffaccel demo --output out
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

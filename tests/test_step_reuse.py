@@ -229,7 +229,7 @@ def test_caps_ends_and_short_runs():
         assert computed(fast.report) == want
         assert fast.report.flops_ratio == pytest.approx(14 / len(want))
         assert fast.report.methods["step_reuse"] == {"computed": len(want), "reused": 14 - len(want)}
-    with pytest.warns(UserWarning, match="step_reuse: 8 evaluations are too few to cache"):
+    with pytest.warns(UserWarning, match="step_reuse: 8 evaluations are too few"):
         short = picture(fast, "sd3", steps=8)
     assert torch.equal(short, picture(pipe, "sd3", steps=8))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from typer.testing import CliRunner
 
 from diffaccel import GuidanceInterval, Recipe, TokenMerging, Unsupported, doctor
 from diffaccel.cli import app
+from diffaccel.contest import Runner
+from diffaccel.contest import Settings as ContestSettings
 from diffaccel.generate import GenerateError, Job, Settings, call_arguments, check_size
 from diffaccel.loading import LoadError, load_pipeline, set_scheduler
 
@@ -274,3 +277,21 @@ def test_methods_for_unets_are_refused_before_any_picture(sd3_folder, tmp_path):
     assert "token_merging works on UNets; SD3Transformer2DModel is a diffusion" in " ".join(result.stderr.split())
     with pytest.raises(Unsupported):
         doctor._check_recipe(load_pipeline(str(sd3_folder), device="cpu"), Recipe.load(recipe))
+
+
+def test_comparisons_set_the_true_scale_too():
+    """A comparison at `guidance_scale` would compare unguided pictures on these pipelines."""
+    asked = {}
+
+    def recorder(**arguments):
+        asked.update(arguments)
+        return SimpleNamespace(images=torch.zeros(1, 3, 8, 8))
+
+    for kind, scale in (
+        ("qwen-image", {"true_cfg_scale"}),
+        ("flux-dev", {"guidance_scale"}),
+        ("sd3", {"guidance_scale"}),
+    ):
+        asked.clear()
+        Runner(tiny_pipeline(kind), ["a red square"], ContestSettings(guidance=5.0)).call(recorder, 4, range(1))
+        assert {"true_cfg_scale", "guidance_scale"} & set(asked) == scale

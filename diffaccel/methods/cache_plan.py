@@ -232,8 +232,8 @@ class CachePlan:
 
 
 def warn_few(run: Run, name: str, total: int, least: int) -> None:
-    """Say once, as a warning and in the report, that a run is too short for a cache."""
-    sentence = f"{name}: {total} evaluations are too few to cache (min_evaluations is {least}); this run is not cached."
+    """Say once, as a warning and in the report, that a run is too short to leave anything out."""
+    sentence = f"{name}: {total} evaluations are too few (min_evaluations is {least}); all of this run is computed."
     if sentence not in run.notes:
         warnings.warn(sentence, stacklevel=2)
     run.note(sentence)
