@@ -250,6 +250,7 @@ def inversion(pipe: Any, material: Material, budget: Budget, drawing: Drawing) -
             batch = step % len(material.encodings)
             moment = material.moments[batch][step // len(material.encodings) % len(material.moments[batch])]
             encoding = _encode_batch(pipe, material, batch, drawing)
+            _check_found(words, step)
             loss = error(network, moment, encoding) / len(moment.prediction)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -262,6 +263,13 @@ def inversion(pipe: Any, material: Material, budget: Budget, drawing: Drawing) -
     whole, before = join(encodings), join(material.encodings)
     longest = max(_relative_length(whole.texts[name], text) for name, text in before.texts.items())
     return Attacked(whole, longest, (losses[0], losses[-1]) if losses else ())
+
+
+def _check_found(words: Mapping[str, Sequence[LearnedWord]], step: int) -> None:
+    """Refuse to learn vectors that nothing reads: some tokenizers cut a word differently in a sentence."""
+    lost = [concept for concept, group in words.items() if not any(word.found for word in group)]
+    if step == 0 and len(lost) == len(words):
+        raise ProofError(f"The tokens of {lost[0]!r} were found in none of its prompts, so no vectors can be learned.")
 
 
 def _encode_batch(pipe: Any, material: Material, batch: int, drawing: Drawing) -> Encoding:
@@ -281,6 +289,7 @@ class LearnedWord:
     """Vectors that stand in for the tokens of a word wherever these follow each other in the input of a text encoder."""
 
     def __init__(self, tokenizer: Any, encoder: nn.Module, word: str, percentile: float) -> None:
+        self.word, self.found = word, False
         self.ids = torch.tensor(tokenizer(word, add_special_tokens=False).input_ids)
         if not len(self.ids):
             raise ProofError(f"{word!r} has no tokens, so no other vectors can be learned for it.")
@@ -299,6 +308,7 @@ class LearnedWord:
     def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The looked-up vectors (n, tokens, d) with ours in their places."""
         places = occurrences(args[0], self.ids.to(args[0].device))
+        self.found = self.found or bool(places.any())
         for offset in range(len(self.ids)):
             here = torch.roll(places, offset, dims=1)
             output = torch.where(here[..., None], self.vectors[offset].to(output.dtype), output)

@@ -122,7 +122,7 @@ def prove(
             on_progress(1, 3, "after")
             after = _Drawn(draw(pipe, [p.prompt for p in probes], drawing), predict(pipe, *states))
             on_progress(2, 3, "attacks")
-            found = [] if material is None else [_attack(pipe, n, material, budget, drawing) for n in attacks]
+            found = [] if material is None else _attack_all(pipe, attacks, material, budget, drawing, notes)
     rows = score_rows(probes, before.pictures, after.pictures, means)
     results = [_judge_attack(a, [probes[i] for i in chosen], chosen, before, after, recogniser) for a in found]
     distance = frechet(probes, before.pictures, after.pictures, means, notes)
@@ -260,6 +260,18 @@ class _Attack:
     attacked: Attacked
     pictures: Tensor
     seconds: float
+
+
+def _attack_all(
+    pipe: Any, names: Sequence[str], material: Material, budget: Budget, drawing: Drawing, notes: list[str]
+) -> list[_Attack]:
+    found = []
+    for name in names:
+        try:
+            found.append(_attack(pipe, name, material, budget, drawing))
+        except (ProofError, Unsupported) as error:
+            notes.append(f"The attack {name} was left out: {error}")
+    return found
 
 
 def _attack(pipe: Any, name: str, material: Material, budget: Budget, drawing: Drawing) -> _Attack:
