@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def text_layers(pipe: Any) -> dict[str, nn.Linear]:
 
 
 @pytest.fixture
-def edited(pipe: Any, material: Material) -> Iterator[Tensor]:
+def edited(pipe: Any, material: Material) -> Tensor:
     """An invertible edit W' = W M of every text projection, made after the recording; gives M."""
     generator = torch.Generator().manual_seed(1)
     width = pipe.unet.config.cross_attention_dim
@@ -65,7 +64,7 @@ def edited(pipe: Any, material: Material) -> Iterator[Tensor]:
     with torch.no_grad():
         for layer in text_layers(pipe).values():
             layer.weight.copy_(layer.weight @ change)
-    yield change
+    return change
 
 
 def state(pipe: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from diffaccel.erasure.probes import (
     world_probes,
 )
 from diffaccel.erasure.proof_result import AttackResult, Proof
-from diffaccel.erasure.proof_rows import Features, Means, frechet, score_rows
+from diffaccel.erasure.proof_rows import Features, Means, check_reference, frechet, score_rows
 from diffaccel.erasure.recognition import (
     Classifier,
     JudgeRecogniser,
@@ -111,6 +111,7 @@ def prove(
     recogniser = find_recogniser(pipe, judge, classifier, features)
     means = Means(recogniser, features, clip, None if reference is None else Path(reference))
     probes, notes = _probes(edit, recogniser, prompts, kept, neighbours, templates, seed)
+    check_reference(means, probes)
     chosen = [i for i, probe in enumerate(probes) if probe.role == "erased"]
     chosen = chosen[:: max(1, len(chosen) // attack_prompts)][:attack_prompts]
     with untouched(pipe), without_edit(pipe, edit) as applied:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffaccel.erasure.probes import Probe
 from diffaccel.erasure.proof_result import Row
-from diffaccel.erasure.recognition import Recogniser, reference_features
+from diffaccel.erasure.recognition import JudgeRecogniser, ProofError, Recogniser, reference_features
 from diffaccel.erasure.scores import binomial, clip_scores, kernel_distance, picture_distance
 from diffaccel.output import safe_name
 from diffaccel.quality import enough_for_frechet, frechet_distance, paired_difference
@@ -51,6 +51,23 @@ def _row(probes: Sequence[Probe], before: Tensor, after: Tensor, means: Means) -
     if means.reference is not None and (means.reference / safe_name(first.concept)).is_dir():
         measured |= _against_folder(means.reference / safe_name(first.concept), before, after, means)
     return Row(first.role, first.concept, first.looked_for, len(probes), picture_distance(after, before), **measured)
+
+
+def check_reference(means: Means, probes: Sequence[Probe]) -> None:
+    """Refuse a reference folder that would not be used.
+
+    Raises:
+        ProofError: no folder in it is named after a drawn phrase, or nobody computes features.
+    """
+    if means.reference is None:
+        return
+    names = list(dict.fromkeys(safe_name(probe.concept) for probe in probes))
+    if not any((means.reference / name).is_dir() for name in names):
+        raise ProofError(f"{means.reference} holds no folder named after a drawn phrase, such as {names[0]}.")
+    if means.features is None and not isinstance(means.recogniser, JudgeRecogniser):
+        raise ProofError("A folder of pictures needs features=..., a callable from pictures to feature rows.")
+    if len(probes) < 2 * len({(probe.role, probe.concept, probe.looked_for) for probe in probes}):
+        raise ProofError("A folder of pictures needs two prompts or more per concept, to compare sets of pictures.")
 
 
 def feature_rows(means: Means, pictures: Tensor) -> Tensor | None:
