@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from diffaccel.erasure.apply import apply_edit as apply_edit
+    from diffaccel.erasure.apply import remove_edit as remove_edit
+    from diffaccel.erasure.edit import Edit as Edit
+    from diffaccel.erasure.edit import load_edit as load_edit
+    from diffaccel.erasure.solve import erase as erase
     from diffaccel.errors import DiffaccelError as DiffaccelError
     from diffaccel.errors import RecipeError as RecipeError
     from diffaccel.errors import Unsupported as Unsupported
@@ -61,6 +66,11 @@ _HOME = {
     "save_skip_branches": "skip_branches",
     "load_miniature": "miniatures",
     "load_judge": "miniatures",
+    "erase": "erasure.solve",
+    "apply_edit": "erasure.apply",
+    "remove_edit": "erasure.apply",
+    "load_edit": "erasure.edit",
+    "Edit": "erasure.edit",
     "DiffaccelError": "errors",
     "Unsupported": "errors",
     "RecipeError": "errors",

@@ -1,0 +1,18 @@
+"""Concept erasure: closed-form edits of the projections that read text, their files, and their proof."""
+
+from __future__ import annotations
+
+from diffaccel.erasure.concepts import Concept as Concept
+from diffaccel.erasure.concepts import ConceptList as ConceptList
+from diffaccel.erasure.concepts import ErasureError as ErasureError
+from diffaccel.erasure.concepts import read_concepts as read_concepts
+from diffaccel.erasure.edit import Edit as Edit
+from diffaccel.erasure.edit import EditError as EditError
+from diffaccel.erasure.edit import load_edit as load_edit
+from diffaccel.erasure.settings import MACE as MACE
+from diffaccel.erasure.settings import RECE as RECE
+from diffaccel.erasure.settings import SPEED as SPEED
+from diffaccel.erasure.settings import UCE as UCE
+from diffaccel.erasure.settings import Settings as Settings
+from diffaccel.erasure.solve import WeakErasure as WeakErasure
+from diffaccel.erasure.solve import erase as erase

@@ -1,0 +1,389 @@
+"""Closed forms of concept erasure: float64 tensors in, a low-rank map out.
+
+A projection W (d_out, d) reads text rows c (d). Every form here changes it into W (I + L R) with L (d, n) and R (n, d),
+the same for all projections of a route, so that c acts like c + L (R c).
+
+- ridge: Gandikota et al., "Unified Concept Editing in Diffusion Models" (arXiv 2308.14761).
+- hardening: Gong et al., "Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models" (RECE, 2407.12383).
+- null space: Li et al., "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models" (2503.07392).
+- context refinement: Lu et al., "MACE: Mass Concept Erasure in Diffusion Models" (2403.06135), which is the ridge form
+  on the words around a concept.
+
+Where we deviate: SPEED filters what to preserve in every layer by itself. We measure ||W D c|| over all projections of
+the route together, ||W D c||^2 = (D c)^T S (D c) with S = sum of W^T W, so that all of them share one map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What an edit is solved from; all float64, one row of text per column.
+
+    Attributes:
+        target: (d, n) to erase.
+        anchor: (d, n) what each of them shall act like.
+        weights: (n,) positive.
+        owner: (n,) number of the concept of each column.
+        keep: (d, m) to preserve.
+        invariants: (d, q) start token and centres of the empty prompt's rows.
+    """
+
+    target: Tensor
+    anchor: Tensor
+    weights: Tensor
+    owner: Tensor
+    keep: Tensor
+    invariants: Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The map c -> c + left (right c), with left (d, n) and right (n, d)."""
+
+    left: Tensor
+    right: Tensor
+
+    def change(self, columns: Tensor) -> Tensor:
+        """What the map adds to columns (d, m)."""
+        return self.left @ (self.right @ columns)
+
+
+# --- ridge regression ---
+
+
+def ridge(columns: Columns, ridge: float, keep_weight: float) -> LowRank:
+    """The minimiser of sum_i w_i ||M c_i - c*_i||^2 + keep_weight sum_j ||M k_j - k_j||^2 + ridge ||M - I||^2.
+
+    L = C* - C, R = (diag(w)^-1 + C^T Y)^-1 Y^T with Y = B^-1 C and B = ridge I + keep_weight K K^T: an n x n system
+    behind the Cholesky factor of B. With more targets than dimensions, R = diag(w) C^T (B + C diag(w) C^T)^-1.
+
+    Raises:
+        torch.linalg.LinAlgError: ridge so small that the system is singular in float64.
+    """
+    target, weights = columns.target, columns.weights
+    base = keep_weight * (columns.keep @ columns.keep.T)
+    base.diagonal().add_(ridge)
+    left = columns.anchor - target
+    if target.shape[1] < target.shape[0]:
+        solved = torch.cholesky_solve(target, torch.linalg.cholesky(base))
+        small = target.T @ solved
+        small = (small + small.T) / 2
+        small.diagonal().add_(1 / weights)
+        return LowRank(left, torch.cholesky_solve(solved.T, torch.linalg.cholesky(small)))
+    whole = base + (target * weights) @ target.T
+    right = torch.cholesky_solve(target * weights, torch.linalg.cholesky((whole + whole.T) / 2)).T
+    return LowRank(left, right)
+
+
+def mean_square(columns: Columns, keep_weight: float) -> float:
+    """Mean diagonal of the weighted sum of squares of all columns: the scale on which a relative ridge is stated."""
+    total = (columns.weights * columns.target.square()).sum() + keep_weight * columns.keep.square().sum()
+    return float(total) / columns.target.shape[0]
+
+
+# --- hardening ---
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """Outcome of `harden`: the map, the rows that were added as targets, and norm ratios of every round's attack."""
+
+    map: LowRank
+    columns: Columns
+    added: int
+    ratios: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+def recover(edit: LowRank, gram: Tensor, columns: Tensor, ridge: float) -> Tensor:
+    """Rows that make the edited projections act as the original ones do on `columns` (d, a).
+
+    c_adv = (sum W'^T W' + ridge I)^-1 (sum W'^T W) c with W' = W M: M^T S M and M^T S, where S = `gram` = sum W^T W.
+    """
+    whole = torch.eye(gram.shape[0], dtype=gram.dtype) + edit.left @ edit.right
+    product = whole.T @ gram
+    normal = product @ whole
+    normal = (normal + normal.T) / 2
+    normal.diagonal().add_(ridge)
+    return torch.cholesky_solve(product @ columns, torch.linalg.cholesky(normal))
+
+
+def recovered_error(edit: LowRank, gram: Tensor, found: Tensor, columns: Tensor) -> float:
+    """||W' c_adv - W c|| / ||W c|| over all projections and columns: 0 is a perfect attack."""
+    difference = found + edit.change(found) - columns
+    return math.sqrt(_energy(gram, difference) / _energy(gram, columns))
+
+
+def harden(
+    columns: Columns,
+    solve: Callable[[Columns], LowRank],
+    gram: Tensor,
+    attacked: Columns,
+    *,
+    rounds: int,
+    ridge: float,
+    largest_norm: float,
+    joint: bool,
+) -> Hardened:
+    """Attack the edit in closed form, erase what the attack finds, and repeat.
+
+    Args:
+        solve: the ridge edit.
+        attacked: the rows an attacker wants back; found embeddings get their anchors, weights and owners.
+        ridge: the attack's regulariser; larger keeps found embeddings short and limits the damage.
+        largest_norm: found embeddings longer than this are not realistic and are left out; a round that finds no other
+            ends the hardening.
+        joint: solve again from the original weights for everything (True), or edit the edited weights (as published).
+    """
+    edit = solve(columns)
+    every, added, ratios, errors = columns, 0, [], []
+    for _ in range(rounds):
+        found = recover(edit, gram, attacked.target, ridge)
+        ratios.append(float((found.norm(dim=0) / attacked.target.norm(dim=0)).median()))
+        errors.append(recovered_error(edit, gram, found, attacked.target))
+        near = found.norm(dim=0) <= largest_norm
+        if not bool(near.any()):
+            break
+        added += int(near.sum())
+        more = replace(
+            attacked,
+            target=found[:, near],
+            anchor=attacked.anchor[:, near],
+            weights=attacked.weights[near],
+            owner=attacked.owner[near],
+        )
+        every = join(every, more)
+        edit = solve(every) if joint else compose(edit, solve(more))
+    return Hardened(edit, every, added, tuple(ratios), tuple(errors))
+
+
+def join(first: Columns, second: Columns) -> Columns:
+    """Targets of both; what to preserve is the first's."""
+    return replace(
+        first,
+        target=torch.cat([first.target, second.target], 1),
+        anchor=torch.cat([first.anchor, second.anchor], 1),
+        weights=torch.cat([first.weights, second.weights]),
+        owner=torch.cat([first.owner, second.owner]),
+    )
+
+
+def compose(first: LowRank, second: LowRank) -> LowRank:
+    """W -> W (I + L1 R1) (I + L2 R2), as one map."""
+    left = torch.cat([first.left, second.left + first.left @ (first.right @ second.left)], 1)
+    return LowRank(left, torch.cat([first.right, second.right]))
+
+
+# --- null space ---
+
+
+def influential(columns: Columns, gram: Tensor, candidates: Tensor) -> Tensor:
+    """Which candidates (d, m) a trial edit disturbs more than their average: SPEED's prior filter, a mask (m,).
+
+    The trial edit is D = (C* - C) C^T (I + C C^T)^-1; its effect on c is ||W D c|| over all projections.
+    """
+    if candidates.shape[1] == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    target = columns.target
+    left = columns.anchor - target
+    inner = target.T @ target
+    inner.diagonal().add_(1.0)
+    right = torch.cholesky_solve(target.T @ candidates, torch.linalg.cholesky(inner))
+    effect = ((left.T @ gram @ left) @ right * right).sum(0).clamp(min=0).sqrt()
+    return effect > effect.mean()
+
+
+def augment(keep: Tensor, gram: Tensor, copies: int, directions: int, generator: torch.Generator) -> Tensor:
+    """Neighbours (d, m * copies) of `keep` (d, m) along which the projections change least: SPEED's directed noise.
+
+    c + P e with Gaussian e and P the projector on the `directions` eigenvectors of S = sum W^T W with the smallest
+    eigenvalues.
+    """
+    _, vectors = torch.linalg.eigh(gram)  # ascending
+    quiet = vectors[:, :directions]
+    noise = torch.randn(directions, keep.shape[1] * copies, generator=generator, dtype=torch.float64)
+    return keep.repeat_interleave(copies, 1) + quiet @ noise  # P e has this distribution
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """Directions an edit may use: everything orthogonal to `taken` (d, r), whose columns are orthonormal.
+
+    Attributes:
+        taken: directions with energy in what is preserved, then the invariants.
+        free: how many directions are left.
+        largest: largest eigenvalue of the mean second moment of what is preserved.
+    """
+
+    taken: Tensor
+    free: int
+    largest: float
+
+    def project(self, columns: Tensor) -> Tensor:
+        """The part of columns (d, n) inside the null space; projected twice against rounding."""
+        once = columns - self.taken @ (self.taken.T @ columns)
+        return once - self.taken @ (self.taken.T @ once)
+
+
+def null_space(
+    keep: Tensor, invariants: Tensor, *, threshold: float, relative: bool, directions: int | None = None
+) -> NullSpace:
+    """Directions in which the mean second moment of `keep` (d, m) stays below a threshold, without the invariants.
+
+    Args:
+        threshold: eigenvalues below it count as null; a share of the largest one if `relative`.
+        directions: keep this many directions with the smallest eigenvalues instead.
+    """
+    size, count = keep.shape
+    if count == 0:
+        return _without(torch.zeros(size, 0, dtype=torch.float64), invariants, 0.0)
+    values, vectors = _spectrum(keep)
+    largest = max(float(values.max()), 0.0)
+    if directions is None:
+        strong = values >= (threshold * largest if relative else threshold)
+    else:
+        strong = torch.zeros_like(values, dtype=torch.bool)
+        strong[: max(0, size - directions)] = True
+        strong &= values > largest * 1e-14  # directions that carry nothing at all are free anyway
+    return _without(vectors[:, strong], invariants, largest)
+
+
+def _spectrum(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending) and eigenvectors of K K^T / m, by the smaller side; eigenvalues of zero may be absent."""
+    size, count = keep.shape
+    if count >= size:
+        moment = keep @ keep.T / count
+        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+        return values.flip(0), vectors.flip(1)
+    inner = keep.T @ keep / count
+    values, small = torch.linalg.eigh((inner + inner.T) / 2)
+    values, small = values.flip(0), small.flip(1)
+    present = values > values[0] * 1e-14
+    values = values[present]
+    vectors, signs = torch.linalg.qr(keep @ small[:, present])  # orthogonal already; QR takes the rounding away
+    return values, vectors * signs.diagonal().sign()
+
+
+def _without(taken: Tensor, invariants: Tensor, largest: float) -> NullSpace:
+    rest = invariants - taken @ (taken.T @ invariants)
+    rest = rest - taken @ (taken.T @ rest)
+    lengths = invariants.norm(dim=0).clamp(min=1e-300)
+    basis = taken
+    for column in (rest / lengths).T:  # few; one by one, so that dependent ones add nothing
+        left = column - basis @ (basis.T @ column)
+        left = left - basis @ (basis.T @ left)
+        if float(left.norm()) > 1e-10:
+            basis = torch.cat([basis, (left / left.norm())[:, None]], 1)
+    return NullSpace(basis, basis.shape[0] - basis.shape[1], largest)
+
+
+def null_edit(columns: Columns, space: NullSpace, ridge: float) -> LowRank:
+    """The minimiser of sum_i w_i ||W c_i + D P c_i - W c*_i||^2 + ridge ||D P||^2 with D C2 = 0 (SPEED's exact solution).
+
+    L = C* - C, R = (c^T c + ridge diag(w)^-1)^-1 c^T with c = P C, P the projector on the null space.
+    """
+    seen = space.project(columns.target)
+    inner = seen.T @ seen
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(ridge / columns.weights)
+    return LowRank(columns.anchor - columns.target, torch.cholesky_solve(seen.T, torch.linalg.cholesky(inner)))
+
+
+def ridge_for_strength(columns: Columns, space: NullSpace, strength: float) -> float | None:
+    """The largest ridge at which every concept is erased by at least `strength`; None if no ridge gives as much."""
+    seen = float(space.project(columns.target).square().sum(0).max())
+    low, high = math.log(1e-10 * max(seen, 1e-30)), math.log(1e6 * max(seen, 1e-30))
+
+    def weakest(exponent: float) -> float:
+        return float(strengths(columns, null_edit(columns, space, math.exp(exponent))).min())
+
+    if seen <= 0 or weakest(low) < strength:
+        return None
+    for _ in range(48):
+        middle = (low + high) / 2
+        low, high = (middle, high) if weakest(middle) >= strength else (low, middle)
+    return math.exp(low)
+
+
+# --- what an edit does ---
+
+
+def strengths(columns: Columns, edit: LowRank) -> Tensor:
+    """By how much each concept moves towards its anchor: 0 not at all, 1 all the way; (concepts,).
+
+    The mean over its columns of <c* - c, D c> / ||c* - c||^2. For a single column of a null-space edit this is SPEED's
+    ||P c||^2 / (||P c||^2 + ridge).
+    """
+    wanted = columns.anchor - columns.target
+    square = wanted.square().sum(0)
+    moves = square > 1e-20 * columns.target.square().sum(0).clamp(min=1e-300)
+    share = (wanted * edit.change(columns.target)).sum(0) / square.clamp(min=1e-300)
+    return _by_owner(share, columns.owner, moves, empty=1.0)
+
+
+def residuals(columns: Columns, edit: LowRank) -> Tensor:
+    """How far each concept stays from its anchor, ||c + D c - c*|| / ||c - c*||, mean over its columns; (concepts,)."""
+    wanted = columns.anchor - columns.target
+    length = wanted.norm(dim=0)
+    moves = length > 1e-10 * columns.target.norm(dim=0)
+    share = (wanted - edit.change(columns.target)).norm(dim=0) / length.clamp(min=1e-300)
+    return _by_owner(share, columns.owner, moves, empty=0.0)
+
+
+def relative_change(columns: Tensor, edit: LowRank) -> Tensor:
+    """||D c|| / ||c|| of every column; (m,)."""
+    return edit.change(columns).norm(dim=0) / columns.norm(dim=0).clamp(min=1e-300)
+
+
+def compress(edit: LowRank, tolerance: float = 1e-9) -> LowRank:
+    """The same map with as few columns as `tolerance` (a share of its largest singular value) allows.
+
+    A map with no more columns than that comes back as it is.
+    """
+    outer, first = torch.linalg.qr(edit.left)
+    inner, second = torch.linalg.qr(edit.right.T)
+    left, values, right = torch.linalg.svd(first @ second.T)
+    rank = max(1, int((values > tolerance * values.max()).sum()))
+    if rank >= edit.left.shape[1]:
+        return edit
+    root = values[:rank].sqrt()
+    return LowRank(outer @ left[:, :rank] * root, (right[:rank] * root[:, None]) @ inner.T)
+
+
+def _by_owner(share: Tensor, owner: Tensor, counted: Tensor, *, empty: float) -> Tensor:
+    found = torch.full((int(owner.max()) + 1,), empty, dtype=torch.float64)
+    for concept in owner.unique().tolist():
+        mine = (owner == concept) & counted
+        if bool(mine.any()):
+            found[concept] = share[mine].mean()
+    return found
+
+
+def _energy(gram: Tensor, columns: Tensor) -> float:
+    return max(float((columns * (gram @ columns)).sum()), 1e-300)
+
+
+def centres(rows: Tensor, count: int) -> Tensor:
+    """k-means centres (d, at most count) of columns (d, m): farthest-point starts, Lloyd steps until nothing moves."""
+    chosen = [0]
+    distance = (rows - rows[:, :1]).square().sum(0)
+    while len(chosen) < count and float(distance.max()) > 1e-12 * float(rows.square().sum(0).max()):
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (rows - rows[:, chosen[-1] :][:, :1]).square().sum(0))
+    found, label = rows[:, chosen], None
+    for _ in range(100):
+        new = torch.cdist(rows.T, found.T).argmin(1)
+        if label is not None and bool((new == label).all()):
+            break
+        label = new
+        means = [rows[:, label == k].mean(1) if bool((label == k).any()) else found[:, k] for k in range(len(chosen))]
+        found = torch.stack(means, 1)
+    return found

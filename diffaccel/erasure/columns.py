@@ -1,0 +1,296 @@
+"""The embeddings that edits are made of: which rows of which prompts, and their values as the denoiser receives them.
+
+A row has a key (section, text, index). The index counts tokens from the start of its section; pooled vectors have index
+0. CLIP's text models are causal, so rows of words do not depend on what follows and are computed without paddings.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffaccel.erasure.concepts import ErasureError
+from diffaccel.erasure.routes import Route, sections
+from diffaccel.errors import Unsupported
+from diffaccel.models.text_routes import Source
+
+Policy = Literal["last", "span", "tail", "words", "all", "context"]
+Key = tuple[int, str, int]
+BATCH_TOKENS = 2048  # encoded at a time; bounds the memory of the encoder's activations
+POOLED_SECTION = -1
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a phrase lies among the rows of its prompt.
+
+    Attributes:
+        head: rows before the first word (1 for CLIP's start token, 0 for T5).
+        start, stop: rows of the phrase, past-the-end style. Both equal `head` for an empty prompt.
+        end: rows before the paddings, the end-of-text row included.
+        total: rows with the paddings; equal to `end` where paddings are masked.
+    """
+
+    head: int
+    start: int
+    stop: int
+    end: int
+    total: int
+
+
+def chosen_rows(policy: Policy, span: Span) -> list[int]:
+    """Rows of a prompt that a policy takes.
+
+    "last": the phrase's last token; "span": all its tokens; "tail": from its last token to the end of the sequence,
+    end-of-text and paddings included; "words": everything but start token and paddings; "all": everything but the start
+    token; "context": "all" without the phrase.
+    """
+    phrase = range(span.start, span.stop)
+    if policy == "last":
+        return [span.stop - 1]
+    if policy == "span":
+        return list(phrase)
+    if policy == "tail":
+        return list(range(span.stop - 1, span.total))
+    if policy == "words":
+        return list(range(span.head, span.end))
+    return [row for row in range(span.head, span.total) if policy == "all" or row not in phrase]
+
+
+def pair_rows(policy: Policy, target: Span, anchor: Span) -> list[tuple[int, int]]:
+    """Rows of the target's prompt, each with its counterpart in the anchor's prompt (the same template).
+
+    Words before the phrase pair from the start, the phrase from its end (a longer target's first tokens all meet the
+    anchor's first), what follows it by distance from it, paddings by their place. An empty anchor prompt has no phrase:
+    its rows pair by their place. Nothing is left out, and nothing wraps around.
+    """
+    empty = anchor.start == anchor.stop
+    return [(row, _counterpart(row, target, anchor, empty)) for row in chosen_rows(policy, target)]
+
+
+def _counterpart(row: int, target: Span, anchor: Span, empty: bool) -> int:
+    last = anchor.total - 1
+    if empty or row < target.start:
+        return min(row, last)
+    if row < target.stop:
+        return max(anchor.stop - (target.stop - row), anchor.start)
+    if row < target.end:
+        return min(anchor.stop + (row - target.stop), anchor.end - 1)
+    return min(max(row, anchor.end), last)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Token numbers of one prompt for each source of its section."""
+
+    ids: tuple[tuple[int, ...], ...]
+
+
+class RowReader:
+    """Tokenises prompts for one route of a pipeline and computes the rows that are asked for.
+
+    Args:
+        t5_tokens: length to which T5 pads where its paddings are not masked; None is the pipeline's default.
+    """
+
+    def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None) -> None:
+        self._pipe, self._route, self._t5_tokens = pipe, route, t5_tokens
+        self._sections = dict(sections(route))
+        self._prompts: dict[tuple[int, str], _Prompt] = {}
+        self._widths: dict[tuple[int, int], int] = {}
+
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Numbers of the parts of the sequence; of a pooled route, its only one."""
+        return (POOLED_SECTION,) if self._route.name == "pooled" else tuple(self._sections)
+
+    def spans(self, template: str, phrases: Sequence[str], section: int) -> list[Span]:
+        """Where each phrase lies in the filled template. An empty phrase stands for the empty prompt.
+
+        Raises:
+            ErasureError: a prompt is too long for the tokenizer, or its tokens do not separate at the phrase.
+        """
+        if section == POOLED_SECTION:
+            return [Span(0, 0, 1, 1, 1)] * len(phrases)
+        return [self._span(template, phrase, section) for phrase in phrases]
+
+    def text(self, template: str, phrase: str) -> str:
+        """The filled template; an empty phrase gives the empty prompt."""
+        return template.replace("{}", phrase) if phrase else ""
+
+    def empty_span(self, section: int) -> Span:
+        """The rows of the empty prompt."""
+        return self._span("{}", "", section)
+
+    def _span(self, template: str, phrase: str, section: int) -> Span:
+        family = self._sections[section][0].family
+        head = 1 if family == "clip" else 0
+        whole = self._ids(section, self.text(template, phrase))
+        end = len(whole.ids[0])
+        total = self._total(section, end)
+        if not phrase:
+            return Span(head, head, head, end, total)
+        before = template.split("{}", 1)[0]
+        start = self._common(section, whole, before, phrase)
+        stop = self._common(section, whole, before + phrase, phrase)
+        if stop <= start:
+            raise ErasureError(f"{phrase!r} has no token of its own in {self.text(template, phrase)!r}.")
+        return Span(head, start, stop, end, total)
+
+    def _common(self, section: int, whole: _Prompt, beginning: str, phrase: str) -> int:
+        """How many tokens of `whole` its beginning makes; checked for every tokenizer of the section."""
+        found = self._ids(section, beginning.rstrip())
+        counts = {len(ids) - 1 for ids in found.ids}  # without the end-of-text token
+        same = all(part[:-1] == all_ids[: len(part) - 1] for part, all_ids in zip(found.ids, whole.ids, strict=True))
+        if len(counts) != 1 or not same:
+            raise ErasureError(f"the tokens of {phrase!r} melt into its template; put spaces around the braces.")
+        return counts.pop()
+
+    def _ids(self, section: int, text: str) -> _Prompt:
+        key = (section, text)
+        if key not in self._prompts:
+            sources = self._sections[section] if section != POOLED_SECTION else self._route.sources
+            self._prompts[key] = _Prompt(tuple(self._tokenise(source, text) for source in sources))
+        return self._prompts[key]
+
+    def _tokenise(self, source: Source, text: str) -> tuple[int, ...]:
+        tokenizer = getattr(self._pipe, source.tokenizer)
+        if source.family == "clip" and hasattr(self._pipe, "maybe_convert_prompt"):
+            text = self._pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion: one word, several tokens
+        if source.masked:
+            text = text.lower().strip()  # as PixArt's pipelines do
+        ids = tuple(int(number) for number in tokenizer(text, add_special_tokens=True).input_ids)
+        limit = self._limit(source)
+        if len(ids) > limit:
+            raise ErasureError(f"{text!r} makes {len(ids)} tokens, and {source.tokenizer} cuts off after {limit}.")
+        return ids
+
+    def _limit(self, source: Source) -> int:
+        if source.family == "clip":
+            return int(getattr(self._pipe, source.tokenizer).model_max_length)
+        if self._t5_tokens is not None:
+            return self._t5_tokens
+        return int(inspect.signature(type(self._pipe).__call__).parameters["max_sequence_length"].default)
+
+    def _total(self, section: int, end: int) -> int:
+        first = self._sections[section][0]
+        return end if first.masked else self._limit(first)
+
+    # --- values ---
+
+    def values(self, keys: Iterable[Key]) -> tuple[Tensor, dict[Key, int]]:
+        """Rows as columns of a float64 matrix (width, n) on the CPU, and the column of every key.
+
+        Prompts are encoded in an order of their own, so the values do not depend on the order of the keys.
+        """
+        ordered = sorted(set(keys))
+        place = {key: number for number, key in enumerate(ordered)}
+        matrix = torch.zeros(self._route.width, len(ordered), dtype=torch.float64)
+        for section in sorted({key[0] for key in ordered}):
+            wanted: dict[str, list[int]] = {}
+            for number, text, row in ordered:
+                if number == section:
+                    wanted.setdefault(text, []).append(row)
+            sources = self._route.sources if section == POOLED_SECTION else self._sections[section]
+            first = 0
+            for position, source in enumerate(sources):
+                width = self._fill(matrix, place, section, wanted, source, position, first)
+                self._widths[section, position] = width
+                first += width
+            self._check_width(section, first)
+        return matrix, place
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Columns that different encoders write side by side, if that is so in every row; known after `values`."""
+        found = [width for _, width in sorted(self._widths.items())]
+        if len(self.sections) > 1 or len(found) < 2:
+            return ()
+        return tuple((sum(found[:i]), sum(found[: i + 1])) for i in range(len(found)))
+
+    def _check_width(self, section: int, width: int) -> None:
+        # CLIP's rows of SD3 are narrower than T5's: zeros fill them up
+        padded = section != POOLED_SECTION and self._t5_shares_rows()
+        if width != self._route.width and not (padded and width < self._route.width):
+            raise Unsupported(
+                f"the text encoders write {width} columns of the {self._route.name} text, but the denoiser reads "
+                f"{self._route.width}."
+            )
+
+    def _t5_shares_rows(self) -> bool:
+        return len(self._sections) > 1 or "text_encoder_3" in self._route.missing
+
+    def _fill(
+        self,
+        matrix: Tensor,
+        place: dict[Key, int],
+        section: int,
+        wanted: dict[str, list[int]],
+        source: Source,
+        position: int,
+        first: int,
+    ) -> int:
+        width = 0
+        for texts in self._batches(section, wanted, position, source):
+            found = self._encode(
+                source, [self._ids(section, text).ids[position] for text in texts], section, wanted, texts
+            )
+            width = found.shape[-1]
+            for number, text in enumerate(texts):
+                rows = wanted[text]
+                columns = [place[section, text, row] for row in rows]
+                values = found[number, rows] if found.dim() == 3 else found[number : number + 1]
+                if first + width <= matrix.shape[0]:
+                    matrix[first : first + width, columns] = values.to("cpu", torch.float64).T
+        return width
+
+    def _batches(self, section: int, wanted: dict[str, list[int]], position: int, source: Source) -> list[list[str]]:
+        """Prompts of one encoder length together, at most BATCH_TOKENS tokens at a time."""
+        by_length: dict[int, list[str]] = {}
+        for text in sorted(wanted):
+            by_length.setdefault(self._length(section, text, wanted, position, source), []).append(text)
+        found = []
+        for length, texts in sorted(by_length.items()):
+            size = max(1, BATCH_TOKENS // length)
+            found += [texts[i : i + size] for i in range(0, len(texts), size)]
+        return found
+
+    def _length(self, section: int, text: str, wanted: dict[str, list[int]], position: int, source: Source) -> int:
+        """Tokens to encode: all of them where paddings are wanted or act on the words, else those of the text."""
+        own = len(self._ids(section, text).ids[position])
+        if section == POOLED_SECTION or source.masked:
+            return own
+        if source.family == "t5" or max(wanted[text]) >= own:
+            return self._limit(source)
+        return own
+
+    @torch.no_grad()
+    def _encode(
+        self,
+        source: Source,
+        prompts: list[tuple[int, ...]],
+        section: int,
+        wanted: dict[str, list[int]],
+        texts: list[str],
+    ) -> Tensor:
+        """Output (prompts, tokens, width) of the encoder, or (prompts, width) for pooled outputs."""
+        encoder: Any = getattr(self._pipe, source.encoder)
+        position = [s.encoder for s in self._sections.get(section, self._route.sources)].index(source.encoder)
+        length = self._length(section, texts[0], wanted, position, source)
+        pad = int(getattr(self._pipe, source.tokenizer).pad_token_id)
+        ids = torch.tensor([[*prompt, *[pad] * (length - len(prompt))] for prompt in prompts])
+        ids = ids.to(self._pipe._execution_device)
+        if source.family == "t5":
+            mask = torch.ones_like(ids) if source.masked else None  # one length per batch, so nothing is padded here
+            return encoder(ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
+        output = encoder(ids, output_hidden_states=source.output == "penultimate")
+        if source.output == "penultimate":
+            return output.hidden_states[-2]  # type: ignore[no-any-return]
+        if source.output == "projected":
+            return output.text_embeds  # type: ignore[no-any-return]
+        return output.pooler_output if source.output == "pooled" else output.last_hidden_state  # type: ignore[no-any-return]

@@ -1,0 +1,182 @@
+"""What to erase: concepts with weighted synonyms and anchors, their file, and the combinations that make no sense."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from diffaccel.errors import DiffaccelError
+
+LARGEST_FILE = 4_000_000  # bytes; a thousand concepts need about a tenth of it
+
+
+class ErasureError(DiffaccelError, ValueError):
+    """A request for an edit that cannot be fulfilled as it stands; the message says what to change."""
+
+
+Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+
+
+class Concept(BaseModel):
+    """One thing to erase.
+
+    Attributes:
+        target: how prompts name it.
+        synonyms: other names (co-references) that must go too, each with its weight; the target's is 1.
+        anchor: what to draw instead; "" is the empty prompt, None the anchor given to `erase`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    synonyms: tuple[tuple[str, Weight], ...] = ()
+    anchor: str | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _named(cls, target: str) -> str:
+        return _phrase(target, "a target")
+
+    @field_validator("synonyms", mode="before")
+    @classmethod
+    def _weighted(cls, synonyms: object) -> object:
+        """A synonym without a weight has weight 1."""
+        if isinstance(synonyms, str) or not isinstance(synonyms, Iterable):
+            raise ValueError("synonyms are a list")
+        return tuple((entry, 1.0) if isinstance(entry, str) else entry for entry in synonyms)
+
+    @field_validator("synonyms")
+    @classmethod
+    def _sorted(cls, synonyms: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        return tuple(sorted((_phrase(text, "a synonym"), weight) for text, weight in synonyms))
+
+    @field_validator("anchor")
+    @classmethod
+    def _stripped(cls, anchor: str | None) -> str | None:
+        return None if anchor is None else _one_line(anchor)
+
+    @property
+    def names(self) -> tuple[tuple[str, float], ...]:
+        """Every text that names it, with weights; the target first."""
+        return ((self.target, 1.0), *self.synonyms)
+
+
+class ConceptList(BaseModel):
+    """A concept file: `{"concepts": [...], "keep": [...], "anchor": "..."}`; concepts are texts or Concept objects."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concepts: tuple[Concept, ...]
+    keep: tuple[str, ...] = ()
+    anchor: str = ""
+
+    @field_validator("concepts", mode="before")
+    @classmethod
+    def _texts_too(cls, concepts: object) -> object:
+        if not isinstance(concepts, list | tuple):
+            raise ValueError("concepts are a list")
+        return [{"target": entry} if isinstance(entry, str) else entry for entry in concepts]
+
+
+def read_concepts(path: str | Path) -> ConceptList:
+    """Read a concept file (JSON, UTF-8).
+
+    Raises:
+        ErasureError: not such a file; the message names the place.
+        OSError: cannot be read.
+    """
+    file = Path(path)
+    if file.stat().st_size > LARGEST_FILE:
+        raise ErasureError(f"{file} is larger than {LARGEST_FILE} bytes, too large for a concept file.")
+    try:
+        return ConceptList.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise ErasureError(f"{file} is not a concept file: {describe_problem(error)}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ErasureError(f"{file} is not a concept file: it is not JSON ({error}).") from None
+
+
+def settle(
+    concepts: str | Concept | Sequence[str | Concept], keep: Sequence[str], anchor: str | None
+) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    """Concepts with their anchors filled in and the user's keeps, both without duplicates and in a fixed order.
+
+    Raises:
+        ErasureError: nothing to erase, an empty text, a text named twice, an anchor or a keep that names a target.
+    """
+    if isinstance(keep, str):
+        raise ErasureError("keep is a list of texts; a single text would be read letter by letter.")
+    given = [concepts] if isinstance(concepts, str | Concept) else list(concepts)
+    if not given:
+        raise ErasureError("there is no concept to erase.")
+    ready = sorted((_concept(entry, anchor) for entry in given), key=lambda concept: concept.model_dump_json())
+    ready = list(dict.fromkeys(ready))
+    kept = tuple(sorted({_keep(text) for text in keep}))
+    _refuse_conflicts(ready, kept)
+    return tuple(ready), kept
+
+
+def _concept(entry: str | Concept, anchor: str | None) -> Concept:
+    if not isinstance(entry, str | Concept):
+        raise ErasureError(f"a concept is a text or a Concept, not {type(entry).__name__}.")
+    try:
+        concept = Concept(target=entry) if isinstance(entry, str) else entry
+    except ValidationError as error:
+        raise ErasureError(f"{describe_problem(error)}.") from None
+    return concept if concept.anchor is not None else concept.model_copy(update={"anchor": _one_line(anchor or "")})
+
+
+def _keep(text: object) -> str:
+    if not isinstance(text, str):
+        raise ErasureError(f"a keep is a text, not {type(text).__name__}.")
+    return _one_line(text)
+
+
+def _refuse_conflicts(concepts: Sequence[Concept], keep: Sequence[str]) -> None:
+    names = sorted((name.lower(), concept.target) for concept in concepts for name, _ in concept.names)
+    for (name, first), (other, second) in pairwise(names):
+        if name == other:
+            raise ErasureError(f"{name!r} is to be erased twice, for {first!r} and for {second!r}; name it once.")
+    phrases = [name for concept in concepts for name, _ in concept.names]
+    for concept in concepts:
+        for phrase in phrases:
+            if mentions(concept.anchor or "", phrase):
+                raise ErasureError(f"the anchor {concept.anchor!r} names {phrase!r}, which is to be erased.")
+    for text in keep:
+        for phrase in phrases:
+            if mentions(text, phrase):
+                raise ErasureError(f"{text!r} cannot be kept while {phrase!r} is erased: the one names the other.")
+
+
+def mentions(text: str, phrase: str) -> bool:
+    """Whether the words of `phrase` occur in `text` side by side, whatever their case; a plural s counts as the same."""
+    words, wanted = _words(text), _words(phrase)
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1)) if wanted else False
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _phrase(text: str, what: str) -> str:
+    if not _words(text):
+        raise ValueError(f"{what} needs at least one word, and {text!r} has none")
+    return _one_line(text)
+
+
+def describe_problem(error: ValidationError) -> str:
+    """The first complaint, with its place."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']}" if place else str(found["msg"])
