@@ -198,7 +198,8 @@ def influential(columns: Columns, gram: Tensor, candidates: Tensor) -> Tensor:
     inner.diagonal().add_(1.0)
     right = torch.cholesky_solve(target.T @ candidates, torch.linalg.cholesky(inner))
     effect = ((left.T @ gram @ left) @ right * right).sum(0).clamp(min=0).sqrt()
-    return effect > effect.mean()
+    above: Tensor = effect > effect.mean()
+    return above
 
 
 def augment(keep: Tensor, gram: Tensor, copies: int, directions: int, generator: torch.Generator) -> Tensor:
@@ -340,7 +341,8 @@ def residuals(columns: Columns, edit: LowRank) -> Tensor:
 
 def relative_change(columns: Tensor, edit: LowRank) -> Tensor:
     """||D c|| / ||c|| of every column; (m,)."""
-    return edit.change(columns).norm(dim=0) / columns.norm(dim=0).clamp(min=1e-300)
+    share: Tensor = edit.change(columns).norm(dim=0) / columns.norm(dim=0).clamp(min=1e-300)
+    return share
 
 
 def compress(edit: LowRank, tolerance: float = 1e-9) -> LowRank:
@@ -360,7 +362,7 @@ def compress(edit: LowRank, tolerance: float = 1e-9) -> LowRank:
 
 def _by_owner(share: Tensor, owner: Tensor, counted: Tensor, *, empty: float) -> Tensor:
     found = torch.full((int(owner.max()) + 1,), empty, dtype=torch.float64)
-    for concept in owner.unique().tolist():
+    for concept in sorted(set(owner.tolist())):
         mine = (owner == concept) & counted
         if bool(mine.any()):
             found[concept] = share[mine].mean()

@@ -7,7 +7,7 @@ A row has a key (section, text, index). The index counts tokens from the start o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,11 +84,7 @@ def _counterpart(row: int, target: Span, anchor: Span, empty: bool) -> int:
     return min(max(row, anchor.end), last)
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """Token numbers of one prompt for each source of its section."""
-
-    ids: tuple[tuple[int, ...], ...]
+Ids = tuple[tuple[int, ...], ...]  # token numbers of one prompt, for each source of its section
 
 
 class RowReader:
@@ -101,7 +97,7 @@ class RowReader:
     def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None) -> None:
         self._pipe, self._route, self._t5_tokens = pipe, route, t5_tokens
         self._sections = dict(sections(route))
-        self._prompts: dict[tuple[int, str], _Prompt] = {}
+        self._prompts: dict[tuple[int, str], Ids] = {}
         self._widths: dict[tuple[int, int], int] = {}
 
     @property
@@ -131,7 +127,7 @@ class RowReader:
         family = self._sections[section][0].family
         head = 1 if family == "clip" else 0
         whole = self._ids(section, self.text(template, phrase))
-        end = len(whole.ids[0])
+        end = len(whole[0])
         total = self._total(section, end)
         if not phrase:
             return Span(head, head, head, end, total)
@@ -142,20 +138,19 @@ class RowReader:
             raise ErasureError(f"{phrase!r} has no token of its own in {self.text(template, phrase)!r}.")
         return Span(head, start, stop, end, total)
 
-    def _common(self, section: int, whole: _Prompt, beginning: str, phrase: str) -> int:
+    def _common(self, section: int, whole: Ids, beginning: str, phrase: str) -> int:
         """How many tokens of `whole` its beginning makes; checked for every tokenizer of the section."""
         found = self._ids(section, beginning.rstrip())
-        counts = {len(ids) - 1 for ids in found.ids}  # without the end-of-text token
-        same = all(part[:-1] == all_ids[: len(part) - 1] for part, all_ids in zip(found.ids, whole.ids, strict=True))
+        counts = {len(ids) - 1 for ids in found}  # without the end-of-text token
+        same = all(part[:-1] == all_ids[: len(part) - 1] for part, all_ids in zip(found, whole, strict=True))
         if len(counts) != 1 or not same:
             raise ErasureError(f"the tokens of {phrase!r} melt into its template; put spaces around the braces.")
         return counts.pop()
 
-    def _ids(self, section: int, text: str) -> _Prompt:
+    def _ids(self, section: int, text: str) -> Ids:
         key = (section, text)
         if key not in self._prompts:
-            sources = self._sections[section] if section != POOLED_SECTION else self._route.sources
-            self._prompts[key] = _Prompt(tuple(self._tokenise(source, text) for source in sources))
+            self._prompts[key] = tuple(self._tokenise(source, text) for source in self._sources(section))
         return self._prompts[key]
 
     def _tokenise(self, source: Source, text: str) -> tuple[int, ...]:
@@ -187,19 +182,22 @@ class RowReader:
         """Rows as columns of a float64 matrix (width, n) on the CPU, and the column of every key.
 
         Prompts are encoded in an order of their own, so the values do not depend on the order of the keys.
+
+        Raises:
+            Unsupported: the encoders write another number of columns than the denoiser reads.
         """
         ordered = sorted(set(keys))
         place = {key: number for number, key in enumerate(ordered)}
         matrix = torch.zeros(self._route.width, len(ordered), dtype=torch.float64)
         for section in sorted({key[0] for key in ordered}):
-            wanted: dict[str, list[int]] = {}
-            for number, text, row in ordered:
-                if number == section:
-                    wanted.setdefault(text, []).append(row)
-            sources = self._route.sources if section == POOLED_SECTION else self._sections[section]
+            mine = [key for key in ordered if key[0] == section]
             first = 0
-            for position, source in enumerate(sources):
-                width = self._fill(matrix, place, section, wanted, source, position, first)
+            for position, source in enumerate(self._sources(section)):
+                width = 0
+                for found, rows in self._rows(section, position, source, mine):
+                    width = rows.shape[1]
+                    self._check_width(section, first + width, at_most=True)
+                    matrix[first : first + width, [place[key] for key in found]] = rows.to("cpu", torch.float64).T
                 self._widths[section, position] = width
                 first += width
             self._check_width(section, first)
@@ -213,84 +211,55 @@ class RowReader:
             return ()
         return tuple((sum(found[:i]), sum(found[: i + 1])) for i in range(len(found)))
 
-    def _check_width(self, section: int, width: int) -> None:
-        # CLIP's rows of SD3 are narrower than T5's: zeros fill them up
-        padded = section != POOLED_SECTION and self._t5_shares_rows()
-        if width != self._route.width and not (padded and width < self._route.width):
+    def _sources(self, section: int) -> tuple[Source, ...]:
+        return self._route.sources if section == POOLED_SECTION else self._sections[section]
+
+    def _check_width(self, section: int, width: int, *, at_most: bool = False) -> None:
+        # CLIP's rows of SD3 are narrower than T5's; zeros fill them up, as in the pipeline
+        filled_up = section != POOLED_SECTION and (len(self._sections) > 1 or "text_encoder_3" in self._route.missing)
+        if width > self._route.width or (width < self._route.width and not (at_most or filled_up)):
             raise Unsupported(
                 f"the text encoders write {width} columns of the {self._route.name} text, but the denoiser reads "
                 f"{self._route.width}."
             )
 
-    def _t5_shares_rows(self) -> bool:
-        return len(self._sections) > 1 or "text_encoder_3" in self._route.missing
-
-    def _fill(
-        self,
-        matrix: Tensor,
-        place: dict[Key, int],
-        section: int,
-        wanted: dict[str, list[int]],
-        source: Source,
-        position: int,
-        first: int,
-    ) -> int:
-        width = 0
-        for texts in self._batches(section, wanted, position, source):
-            found = self._encode(
-                source, [self._ids(section, text).ids[position] for text in texts], section, wanted, texts
-            )
-            width = found.shape[-1]
-            for number, text in enumerate(texts):
-                rows = wanted[text]
-                columns = [place[section, text, row] for row in rows]
-                values = found[number, rows] if found.dim() == 3 else found[number : number + 1]
-                if first + width <= matrix.shape[0]:
-                    matrix[first : first + width, columns] = values.to("cpu", torch.float64).T
-        return width
-
-    def _batches(self, section: int, wanted: dict[str, list[int]], position: int, source: Source) -> list[list[str]]:
-        """Prompts of one encoder length together, at most BATCH_TOKENS tokens at a time."""
+    def _rows(
+        self, section: int, position: int, source: Source, keys: Sequence[Key]
+    ) -> Iterator[tuple[list[Key], Tensor]]:
+        """Keys of one prompt and the rows (n, width) that a source writes for them, prompt after prompt."""
+        wanted: dict[str, list[Key]] = {}
+        for key in keys:
+            wanted.setdefault(key[1], []).append(key)
+        ids = {text: self._ids(section, text)[position] for text in wanted}
         by_length: dict[int, list[str]] = {}
-        for text in sorted(wanted):
-            by_length.setdefault(self._length(section, text, wanted, position, source), []).append(text)
-        found = []
+        for text, mine in wanted.items():
+            by_length.setdefault(self._length(source, len(ids[text]), mine), []).append(text)
         for length, texts in sorted(by_length.items()):
             size = max(1, BATCH_TOKENS // length)
-            found += [texts[i : i + size] for i in range(0, len(texts), size)]
-        return found
+            for batch in (texts[i : i + size] for i in range(0, len(texts), size)):
+                output = self._encode(source, [ids[text] for text in batch], length)
+                for text, rows in zip(batch, output, strict=True):
+                    mine = wanted[text]
+                    yield mine, rows[[key[2] for key in mine]] if rows.dim() == 2 else rows[None]
 
-    def _length(self, section: int, text: str, wanted: dict[str, list[int]], position: int, source: Source) -> int:
+    def _length(self, source: Source, own: int, keys: Sequence[Key]) -> int:
         """Tokens to encode: all of them where paddings are wanted or act on the words, else those of the text."""
-        own = len(self._ids(section, text).ids[position])
-        if section == POOLED_SECTION or source.masked:
+        if source.masked or source.output in ("pooled", "projected"):
             return own
-        if source.family == "t5" or max(wanted[text]) >= own:
-            return self._limit(source)
-        return own
+        return self._limit(source) if source.family == "t5" or max(key[2] for key in keys) >= own else own
 
     @torch.no_grad()
-    def _encode(
-        self,
-        source: Source,
-        prompts: list[tuple[int, ...]],
-        section: int,
-        wanted: dict[str, list[int]],
-        texts: list[str],
-    ) -> Tensor:
-        """Output (prompts, tokens, width) of the encoder, or (prompts, width) for pooled outputs."""
+    def _encode(self, source: Source, prompts: Sequence[tuple[int, ...]], length: int) -> Tensor:
+        """Output (prompts, length, width) of the encoder, or (prompts, width) where it is pooled."""
         encoder: Any = getattr(self._pipe, source.encoder)
-        position = [s.encoder for s in self._sections.get(section, self._route.sources)].index(source.encoder)
-        length = self._length(section, texts[0], wanted, position, source)
         pad = int(getattr(self._pipe, source.tokenizer).pad_token_id)
         ids = torch.tensor([[*prompt, *[pad] * (length - len(prompt))] for prompt in prompts])
         ids = ids.to(self._pipe._execution_device)
         if source.family == "t5":
-            mask = torch.ones_like(ids) if source.masked else None  # one length per batch, so nothing is padded here
-            return encoder(ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
+            # Masked encoders get prompts of one length at a time, so there is no padding to mask.
+            return encoder(ids, attention_mask=torch.ones_like(ids) if source.masked else None)[0]  # type: ignore[no-any-return]
         output = encoder(ids, output_hidden_states=source.output == "penultimate")
         if source.output == "penultimate":
             return output.hidden_states[-2]  # type: ignore[no-any-return]
-        if source.output == "projected":
-            return output.text_embeds  # type: ignore[no-any-return]
-        return output.pooler_output if source.output == "pooled" else output.last_hidden_state  # type: ignore[no-any-return]
+        names = {"last": "last_hidden_state", "pooled": "pooler_output", "projected": "text_embeds"}
+        return output[names[source.output]]  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -47,8 +47,8 @@ class Concept(BaseModel):
     @classmethod
     def _weighted(cls, synonyms: object) -> object:
         """A synonym without a weight has weight 1."""
-        if isinstance(synonyms, str) or not isinstance(synonyms, Iterable):
-            raise ValueError("synonyms are a list")
+        if not isinstance(synonyms, list | tuple):
+            return synonyms  # pydantic refuses it
         return tuple((entry, 1.0) if isinstance(entry, str) else entry for entry in synonyms)
 
     @field_validator("synonyms")
@@ -80,7 +80,7 @@ class ConceptList(BaseModel):
     @classmethod
     def _texts_too(cls, concepts: object) -> object:
         if not isinstance(concepts, list | tuple):
-            raise ValueError("concepts are a list")
+            return concepts  # pydantic refuses it
         return [{"target": entry} if isinstance(entry, str) else entry for entry in concepts]
 
 

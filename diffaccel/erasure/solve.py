@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ def erase(
         require_encoders(pipe, route)
     _refuse_needless_choice(chosen, routes)
     protected = _protected(settled, kept, chosen)
-    maps, diagnostics = [], {}
+    maps: list[TextMap] = []
+    diagnostics: dict[str, Any] = {}
     for route in routes:
         if route.name == "pooled" and not chosen.pooled:
             continue
@@ -319,12 +320,8 @@ class _Scale:
     def shrink(self, columns: Columns | None) -> Any:
         if columns is None:
             return None
-        return Columns(
-            *(self.rows(part) for part in (columns.target, columns.anchor)),
-            columns.weights,
-            columns.owner,
-            *(self.rows(part) for part in (columns.keep, columns.invariants)),
-        )
+        parts = ("target", "anchor", "keep", "invariants")
+        return replace(columns, **{name: self.rows(getattr(columns, name)) for name in parts})
 
     def rows(self, columns: Tensor) -> Tensor:
         """Columns (d, n) in these coordinates (used, n)."""
@@ -410,14 +407,7 @@ def _rece(problem: _Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
 
 def _weighted(columns: Columns, chosen: UCE) -> Columns:
     keep = torch.cat([columns.keep, columns.invariants], 1) if chosen.keep_empty else columns.keep
-    return Columns(
-        columns.target,
-        columns.anchor,
-        columns.weights * chosen.erase_weight,
-        columns.owner,
-        keep,
-        columns.invariants,
-    )
+    return replace(columns, weights=columns.weights * chosen.erase_weight, keep=keep)
 
 
 def _ridge(columns: Columns, chosen: UCE) -> float:
@@ -428,7 +418,7 @@ def _ridge(columns: Columns, chosen: UCE) -> float:
 def _ridge_solve(columns: Columns, ridge: float, chosen: UCE) -> LowRank:
     try:
         return forms.ridge(columns, ridge, chosen.keep_weight)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise ErasureError(f"a ridge of {ridge:.3g} is too small for these embeddings; raise it.") from None
 
 
