@@ -1,6 +1,7 @@
 """The only file that assigns to other people's objects. Every change is undone by the `Seams` that made it.
 
-The exception is `Addition`, an edit that the user asked for and that stays until the user takes it back.
+The exceptions are `Addition`, `Residence` and `overwrite`: edits that the user asked for and that stay until the user
+takes them back.
 
 Facts this file relies on (checked against diffusers 0.42 and accelerate 1.15):
 - `nn.Module.__call__` looks up `self.forward`, so an instance attribute `forward` takes precedence over the class.
@@ -19,7 +20,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffaccel.errors import Unsupported
@@ -100,6 +102,50 @@ class Addition:
         for handle in self._handles:
             handle.remove()
         delattr(owner, self._name)
+
+
+class Residence:
+    """Base of plain objects that live on a network under a name, with hooks, and are copied with it by `copy.deepcopy`.
+
+    Unlike a child module it holds no parameters and never appears in a state dict.
+    """
+
+    def __init__(self) -> None:
+        self._handles = dict[nn.Module, list[RemovableHandle]]()
+
+    def move_in(self, owner: nn.Module, name: str) -> None:
+        """Live on `owner` as `owner.name`."""
+        object.__setattr__(owner, name, self)
+
+    def move_out(self, owner: nn.Module, name: str) -> None:
+        """Remove all hooks, and this object from its owner (or from the owner's copy)."""
+        for module in list(self._handles):
+            self.unhook(module)
+        object.__delattr__(owner, name)
+
+    @property
+    def hooked(self) -> tuple[nn.Module, ...]:
+        """The modules that carry hooks of this object."""
+        return tuple(self._handles)
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before `module`; it may return other (args, kwargs)."""
+        self._handles.setdefault(module, []).append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, output)` after `module`; it may return another output."""
+        self._handles.setdefault(module, []).append(module.register_forward_hook(hook))
+
+    def unhook(self, module: nn.Module) -> None:
+        """Remove the hooks from a module."""
+        for handle in self._handles.pop(module, ()):
+            handle.remove()
+
+
+@torch.no_grad()
+def overwrite(weight: Tensor, value: Tensor) -> None:
+    """Write `value` into the storage of `weight`, so that compiled graphs and offload hooks see it."""
+    weight.copy_(value)
 
 
 def _put_back(owner: Any, name: str, ours: Any, before: Any) -> None:

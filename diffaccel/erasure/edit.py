@@ -49,7 +49,8 @@ def weight_digests(weight: Tensor) -> dict[str, str]:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, row by row."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
