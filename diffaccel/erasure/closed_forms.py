@@ -211,7 +211,8 @@ def augment(keep: Tensor, gram: Tensor, copies: int, directions: int, generator:
     _, vectors = torch.linalg.eigh(gram)  # ascending
     quiet = vectors[:, :directions]
     noise = torch.randn(directions, keep.shape[1] * copies, generator=generator, dtype=torch.float64)
-    return keep.repeat_interleave(copies, 1) + quiet @ noise  # P e has this distribution
+    near: Tensor = keep.repeat_interleave(copies, 1) + quiet @ noise  # P e has this distribution
+    return near
 
 
 @dataclass(frozen=True)

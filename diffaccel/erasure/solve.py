@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from diffaccel.erasure import closed_forms as forms
+from diffaccel.erasure.apply import _Applied as Applied
 from diffaccel.erasure.closed_forms import Columns, LowRank
 from diffaccel.erasure.columns import POOLED_SECTION, Key, Policy, RowReader, chosen_rows, pair_rows
 from diffaccel.erasure.concepts import Concept, ConceptList, ErasureError, mentions, settle
 from diffaccel.erasure.edit import Edit, EditedModule, TextMap
 from diffaccel.erasure.general import GENERAL
+from diffaccel.erasure.live import stored_weight, unwrapped
 from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, require_encoders
 from diffaccel.erasure.settings import MACE, RECE, SPEED, UCE, Settings, settings_of
 from diffaccel.errors import Unsupported
@@ -134,7 +136,7 @@ def _solve_route(
     collected = _collect(pipe, route, concepts, protected, chosen)
     scale = _Scale.of(collected.columns, collected.blocks if chosen.balance else ())
     columns = scale.shrink(collected.columns)
-    problem = _Problem(columns, scale.shrink(collected.attacked), projections, scale, route.name)
+    problem = _Problem(pipe, columns, scale.shrink(collected.attacked), projections, scale, route.name)
     edit, found = _SOLVERS[type(chosen)](problem, chosen)
     grown = forms.compress(scale.grow(edit, route.width))
     if not bool(torch.isfinite(grown.left).all() and torch.isfinite(grown.right).all()):
@@ -143,7 +145,7 @@ def _solve_route(
         route=route.name,
         left=grown.left.float().contiguous(),
         right=grown.right.float().contiguous(),
-        modules=tuple(_describe(projection) for projection in projections),
+        modules=tuple(EditedModule.of(p.name, _weight(pipe, p), p.reader.columns) for p in projections),
     )
     rounded = LowRank(text_map.left.double(), text_map.right.double())
     diagnostics = {**_effects(collected.columns, rounded, concepts), **found}
@@ -154,10 +156,6 @@ def _solve_route(
 def _edited(route: Route, chosen: Settings) -> tuple[Projection, ...]:
     wanted = {"keys": ("key",), "values": ("value",), "keys and values": ("key", "value")}[chosen.projections]
     return tuple(p for p in route.projections if p.reader.role in (*wanted, "both"))
-
-
-def _describe(projection: Projection) -> EditedModule:
-    return EditedModule.of(projection.name, _weight(projection), projection.reader.columns)
 
 
 def _effects(columns: Columns, edit: LowRank, concepts: Sequence[Concept]) -> dict[str, Any]:
@@ -347,6 +345,7 @@ class _Scale:
 class _Problem:
     """What a method solves: scaled columns, rows to attack (RECE), and the projections behind them."""
 
+    pipe: Any
     columns: Columns
     attacked: Columns | None
     projections: tuple[Projection, ...]
@@ -358,20 +357,31 @@ class _Problem:
         total = None
         for projection in self.projections:
             first, past = projection.reader.columns
-            weight = _weight(projection)[:, first:past].double()
+            weight = _weight(self.pipe, projection)[:, first:past].double()
             product = weight.T @ weight
             total = product if total is None else total + product
         assert total is not None
         return self.scale.gram(total)
 
 
-def _weight(projection: Projection) -> Tensor:
-    weight: Any = projection.module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+def _weight(pipe: Any, projection: Projection) -> Tensor:
+    """The weight (d_out, d_in) without any applied edit, on the CPU.
+
+    Raises:
+        Unsupported: there is none in fp32, fp16 or bf16, or something else changed it since an edit was applied.
+    """
+    home, path = projection.name.split(".", 1)
+    network = getattr(pipe, home)
+    applied = Applied.of(network)
+    if applied is not None:
+        return applied.base_now(network, path)[0]
+    weight = stored_weight(unwrapped(projection.module))
+    if weight is None:
         raise Unsupported(
-            f"{projection.name} holds quantised weights; compute the edit on the unquantised model and apply it here."
+            f"{projection.name} has no weight in fp32, fp16 or bf16 (quantised, or not loaded); compute the edit on the "
+            "plain model, and apply it here with form='map'."
         )
-    return weight.detach().to("cpu")
+    return weight.to("cpu")
 
 
 def _uce(problem: _Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
