@@ -54,8 +54,8 @@ def methods(model: str) -> dict[str, tuple[str, int, dict[str, Any]]]:
         **{
             f"RegionSampling({ratio})": (
                 "region_sampling",
-                2,  # a dense step and a region step
-                {"ratio": ratio, "start": 1, "resets": 1000, "min_evaluations": 1},
+                3,  # a dense step and two region steps, the last one too
+                {"ratio": ratio, "start": 1, "end": 1000, "resets": 1000, "min_evaluations": 1},
             )
             for ratio in RATIOS
         },
