@@ -13,25 +13,22 @@ written by `save_pretrained` then holds them besides the stock weights, which st
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import ATTACHED_BRANCHES, TransformerLayout, describe_transformer
 from diffaccel.seams import Addition
+from diffaccel.tensor_files import TensorFile, strict_json
 
 FORMAT = "diffaccel skip branches 1"
+_FILE = TensorFile("skip branches", Unsupported, largest=2**32)
 
 
 class SkipBranch(nn.Module):
@@ -130,17 +127,9 @@ def save_skip_branches(transformer: nn.Module, path: str | os.PathLike[str]) -> 
     Raises:
         Unsupported: there are none, or the file cannot be written.
     """
-    branches, target = _attached(transformer, "save_skip_branches"), Path(path)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in branches.state_dict().items()}
+    branches = _attached(transformer, "save_skip_branches")
     facts = _facts(transformer, len(branches))
-    temporary = target.with_name(target.name + ".part")
-    try:
-        temporary.write_bytes(save(tensors, metadata={"skip_branches": json.dumps(facts)}))
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise Unsupported(f"cannot write skip branches to {target}: {error.strerror or error}.") from error
+    _FILE.write(path, branches.state_dict(), {"skip_branches": json.dumps(facts)})
 
 
 def load_skip_branches(transformer: nn.Module, path: str | os.PathLike[str]) -> SkipBranches:
@@ -151,10 +140,11 @@ def load_skip_branches(transformer: nn.Module, path: str | os.PathLike[str]) -> 
             attached ones first); the model is untouched.
     """
     layout = _check_host(transformer)
-    with _opened(path) as file:
-        pairs = _check_facts(file.metadata(), transformer, layout, path)
-        branches = SkipBranches(SkipBranch(_width(layout)) for _ in range(pairs))
-        branches.load_state_dict(_read_tensors(file, branches, path))
+    metadata, tensors = _FILE.read(path)
+    pairs = _check_facts(metadata, transformer, layout, path)
+    branches = SkipBranches(SkipBranch(_width(layout)) for _ in range(pairs))
+    _check_tensors(tensors, branches, path)
+    branches.load_state_dict(tensors)
     return _attach(transformer, layout, branches)
 
 
@@ -213,22 +203,13 @@ def _facts(transformer: nn.Module, pairs: int) -> dict[str, Any]:
     return {"format": FORMAT, "class": type(transformer).__name__, "config": digest, "pairs": pairs}
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    try:
-        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise Unsupported(f"cannot read skip branches from {os.fspath(path)}: {error}.") from error
-
-
 def _check_facts(
-    metadata: dict[str, str] | None, transformer: nn.Module, layout: TransformerLayout, path: str | os.PathLike[str]
+    metadata: dict[str, str], transformer: nn.Module, layout: TransformerLayout, path: str | os.PathLike[str]
 ) -> int:
     """Number of pairs in a file that was written for this transformer."""
     try:
-        facts = json.loads((metadata or {})["skip_branches"])
-    except (KeyError, ValueError, RecursionError):
+        facts = strict_json(metadata["skip_branches"])
+    except (KeyError, ValueError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise Unsupported(f"{os.fspath(path)} does not hold skip branches that this version can read.")
@@ -243,17 +224,11 @@ def _check_facts(
     return pairs
 
 
-def _read_tensors(file: Any, branches: SkipBranches, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, if they are exactly the ones of `branches`, and finite."""
+def _check_tensors(tensors: dict[str, torch.Tensor], branches: SkipBranches, path: str | os.PathLike[str]) -> None:
+    """Raises Unsupported unless the tensors of a file are exactly the ones of `branches`."""
     wanted = branches.state_dict()
-    names = set(file.keys())
-    if names != set(wanted):
+    if set(tensors) != set(wanted):
         raise Unsupported(f"{os.fspath(path)} does not have exactly the tensors of {len(branches)} skip branches.")
-    tensors = {}
     for name, like in wanted.items():
-        if tuple(file.get_slice(name).get_shape()) != tuple(like.shape):
+        if tensors[name].shape != like.shape:
             raise Unsupported(f"the tensor {name} in {os.fspath(path)} does not have the shape {tuple(like.shape)}.")
-        tensors[name] = file.get_tensor(name)
-        if not tensors[name].is_floating_point() or not bool(torch.isfinite(tensors[name].float()).all()):
-            raise Unsupported(f"the tensor {name} in {os.fspath(path)} is not made of finite floating-point numbers.")
-    return tensors

@@ -198,7 +198,7 @@ class _Applied(seams.Residence):
             base = before if base is current else base
             maps = after.get(module.name, [])
             self.bases[path] = base
-            seams.overwrite(weight, render(base, maps) if maps else base)
+            seams.overwrite(weight, _finite(render(base, maps), changed) if maps else base)
             if not maps:
                 del self.bases[path]
 
@@ -313,6 +313,12 @@ def _read(edit: Edit | str | os.PathLike[str]) -> Edit:
 def _inside(name: str) -> str:
     """Path inside the network."""
     return name.split(".", 1)[1]
+
+
+def _finite(weight: Tensor, edit: Edit) -> Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise Unsupported(f"the {edit} would make weights infinite in {str(weight.dtype).removeprefix('torch.')}.")
+    return weight
 
 
 def _casts(before: torch.dtype, now: torch.dtype) -> list[tuple[torch.dtype, ...]]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,8 @@ ROUTES = ("sequence", "pooled")
 # "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": identifiers and numbers, nothing private
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.([a-z][a-z0-9_]*|[0-9]{1,4}))+", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_LONGEST_NAME, _DEEPEST = 200, 20
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}", re.ASCII)
+_LONGEST_NAME, _LONGEST_TEXT, _DEEPEST = 200, 10_000, 20
 
 
 class EditError(DiffaccelError, ValueError):
@@ -162,8 +164,12 @@ class Edit:
         for name in ("parameters", "diagnostics"):
             # as it will be read from a file again: tuples become lists
             object.__setattr__(self, name, json.loads(json_text(getattr(self, name), name)))
-        if not self.maps:
-            raise EditError("an edit needs at least one map.")
+        json_text(self.to_dict(), "contents of the edit")
+        for name in ("method", "pipeline"):
+            if not _WORD.fullmatch(getattr(self, name)):
+                raise EditError(f"{getattr(self, name)[:60]!r} is not the name of a {name}.")
+        if not self.concepts or not self.maps:
+            raise EditError("an edit needs at least one concept and one map.")
         names = [module.name for text_map in self.maps for module in text_map.modules]
         if len(set(names)) != len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
@@ -242,7 +248,7 @@ def json_text(value: Any, what: str) -> str:
     """Canonical JSON.
 
     Raises:
-        EditError: something that JSON cannot hold, also NaN and infinity.
+        EditError: something that JSON cannot hold, also NaN and infinity, or text that would steer a terminal.
     """
     _check_plain(value, what, 0)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -252,18 +258,28 @@ def _check_plain(value: Any, what: str, depth: int) -> None:
     if depth > _DEEPEST:
         raise EditError(f"the {what} are nested too deeply.")
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise EditError(f"the {what} have a name that is not text.")
-        for item in value.values():
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise EditError(f"the {what} have a name that is not text.")
+            _check_plain(name, what, depth + 1)
             _check_plain(item, what, depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_plain(item, what, depth + 1)
+    elif isinstance(value, str):
+        _check_text(value, what)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise EditError(f"the {what} hold {value}, which is not a finite number.")
-    elif value is not None and not isinstance(value, (str, int)):
+    elif value is not None and not isinstance(value, int):
         raise EditError(f"the {what} hold a {type(value).__name__}, which a file cannot hold.")
+
+
+def _check_text(text: str, what: str) -> None:
+    if len(text) > _LONGEST_TEXT:
+        raise EditError(f"the {what} hold a text of {len(text)} characters, and {_LONGEST_TEXT} are allowed.")
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
+        raise EditError(f"the {what} hold a text with control characters.")
 
 
 def _module_dict(module: EditedModule) -> dict[str, Any]:
