@@ -14,19 +14,20 @@ PRESETS = (
     ),
     Recipe(
         name="balanced",
-        note="Closest to the plain picture at about half the work; beats fewer steps at equal FLOPs on shapes-sd.",
+        note="Closest to the plain picture at about half the work; beats fewer steps at equal FLOPs on both bundled models.",
         methods=(SkipCache(interval=3, order=1),),
         transformer_methods=(Forecast(interval=3, schedule="early"),),
     ),
     Recipe(
         name="fast",
-        note="A third of the work at the full number of steps; beats fewer steps at equal FLOPs on shapes-sd.",
+        note="A third of the work at the full number of steps; beats fewer steps at equal FLOPs on both bundled models.",
         methods=(SkipCache(interval=5, order=1),),
         transformer_methods=(Forecast(interval=4, schedule="early"),),
     ),
     Recipe(
         name="fastest",
-        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 16 or fewer are not cached.",
+        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 16 or fewer are not cached. Costs a few "
+        "prompts on shapes-sd3.",
         methods=(StepSchedule(fraction=0.5), SkipCache(interval=3, order=1)),
         transformer_methods=(StepSchedule(fraction=0.5), Forecast(interval=3, schedule="early")),
     ),

@@ -47,7 +47,7 @@ class RegionSampling(Method):
         starvation: how strongly a dropped token moves up; no token is dropped more than
             ceil(1 / starvation) + (tokens - 1) // active region steps in a row.
         frozen: what the other tokens get: "forecast", linear in log sigma from their last two evaluations, or "reuse" of
-            the last one. On the bundled transformer the forecast is closer at ratio 0.5, reuse at 0.25.
+            the last one; on the bundled transformer they are equally close.
         min_evaluations: shorter runs stay dense (few-step models lose their picture); a warning and the report say so.
         allow_stochastic: run with schedulers that add noise on every step, whose grain stays in frozen regions.
     A region step has ratio * tokens rounded up; a run has two sequence lengths. Text tokens are always computed. A dense
