@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import diffaccel
+from diffaccel.cli_erase import erase
 from diffaccel.cli_support import (
     Debug,
     Equal,
@@ -284,6 +285,9 @@ def _checks_table(title: str, checks: list[Check]) -> Table:
     for check in checks:
         table.add_row(check.name, "yes" if check.applies else "no", escape(check.reason))
     return table
+
+
+app.command()(erase)
 
 
 def main() -> None:

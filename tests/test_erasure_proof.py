@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from spelling import spelling_folder
 from torch import Tensor, nn
 
 from diffaccel.erasure import probes as probing
 from diffaccel.erasure import proof as proving
+from diffaccel.erasure.apply import applied_edits, apply_edit
 from diffaccel.erasure.attacks import Budget
 from diffaccel.erasure.probes import Probe, attributes, other_names, siblings, world_cases, world_probes
 from diffaccel.erasure.proof import prove
@@ -30,6 +32,7 @@ from diffaccel.erasure.recognition import (
 )
 from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.erasure.scores import binomial, clip_scores, kernel_distance
+from diffaccel.erasure.solve import erase
 from diffaccel.miniatures.scenes import Scene, SceneObject
 from diffaccel.output import OutputError
 from diffaccel.quality import QualityError
@@ -74,14 +77,14 @@ class Applying:
                 layer.weight.copy_(weight)
         self.kept = None
 
-    def is_applied(self, pipe: Any, edit: Any) -> bool:
-        return self.kept is not None
+    def applied_edits(self, pipe: Any) -> Any:
+        return ()
 
 
 @pytest.fixture
 def applying(monkeypatch: pytest.MonkeyPatch) -> Applying:
     found, module = Applying(), ModuleType("diffaccel.erasure.apply")
-    for name in ("apply_edit", "remove_edit", "is_applied"):
+    for name in ("apply_edit", "remove_edit", "applied_edits"):
         setattr(module, name, getattr(found, name))
     monkeypatch.setitem(sys.modules, "diffaccel.erasure.apply", module)
     return found
@@ -200,23 +203,23 @@ def test_templates_for_other_models() -> None:
 # -- who decides -------------------------------------------------------------------------------------------------------
 
 
-def reading(*objects: SceneObject, valid: bool = True) -> Any:
+def sight(*objects: SceneObject, valid: bool = True) -> Any:
     scene = Scene(objects, "above" if len(objects) == 2 else None)
     return SimpleNamespace(scene=scene, valid=valid)
 
 
 def test_a_concept_counts_only_in_a_well_formed_picture() -> None:
     circle = SceneObject("circle", "red")
-    assert seen(reading(circle), attributes("circle"))
-    assert not seen(reading(circle, valid=False), attributes("circle"))
-    assert not seen(reading(circle), attributes("star"))
-    assert not seen(reading(circle), ())
+    assert seen(sight(circle), attributes("circle"))
+    assert not seen(sight(circle, valid=False), attributes("circle"))
+    assert not seen(sight(circle), attributes("star"))
+    assert not seen(sight(circle), ())
 
 
 def test_a_phrase_is_one_object() -> None:
-    apart = reading(SceneObject("heart", "blue"), SceneObject("star", "red"))
+    apart = sight(SceneObject("heart", "blue"), SceneObject("star", "red"))
     assert not seen(apart, attributes("a red heart"))
-    assert seen(reading(SceneObject("star", "blue"), SceneObject("heart", "red")), attributes("a red heart"))
+    assert seen(sight(SceneObject("star", "blue"), SceneObject("heart", "red")), attributes("a red heart"))
 
 
 def test_classifier_answers_are_grouped_by_concept_and_thresholded() -> None:
@@ -472,6 +475,46 @@ def test_what_makes_no_proof_is_refused_before_drawing(
     monkeypatch.setattr(type(pipe), "__call__", lambda *args, **kwargs: pytest.fail("it drew"))
     with pytest.raises(ProofError, match=words):
         prove(pipe, stand_in(), **{**CALL, **changes})
+
+
+# -- with real edits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reading(tiny_folder: Path, tmp_path: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(spelling_folder(tiny_folder, tmp_path / "m"), local_files_only=True)
+
+
+@pytest.mark.parametrize("form", ["weights", "map"])
+def test_a_real_edit_in_either_form(reading: Any, form: str) -> None:
+    pipe, edit = reading, erase(reading, ["cat"], method="uce", general=False)
+    before = state(pipe)
+    found = edit.prove(pipe, form=form, classifier=brightness, attack_prompts=2, budget=FAST, **CALL)
+    assert same(before, state(pipe))
+    assert applied_edits(pipe) == ()
+    apply_edit(pipe, edit, form=form)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(found.after, draw(pipe, [probe.prompt for probe in found.probes], Drawing(3, 3.0, 4, 3)))
+    assert not torch.equal(found.after, found.before)
+    assert found.attacks[0].lengths > 0.5
+
+
+@pytest.mark.parametrize("form", ["weights", "map"])
+def test_an_edit_that_is_applied_stays_applied(reading: Any, form: str) -> None:
+    pipe = reading
+    edit, other = (erase(pipe, [word], method="uce", general=False) for word in ("cat", "dog"))
+    apply_edit(pipe, other)
+    wanted = prove(pipe, edit, attacks=(), **CALL)
+    apply_edit(pipe, edit, form=form)
+    before = [value.clone() for value in pipe.unet.state_dict().values()]
+    forms = set(applied_edits(pipe))
+    found = prove(pipe, edit, attacks=(), **CALL)
+    assert torch.equal(found.before, wanted.before)
+    assert torch.equal(found.after, wanted.after)
+    assert all(torch.equal(a, b) for a, b in zip(before, pipe.unet.state_dict().values(), strict=True))
+    assert set(applied_edits(pipe)) == forms == {(edit, form), (other, "weights")}
 
 
 # -- table, file, sheet ------------------------------------------------------------------------------------------------

@@ -181,17 +181,18 @@ def _descend(
             shift.requires_grad_(True)
         moment = moments[step % len(moments)]
         error(network, moment, _shifted(start, shifts)).backward()  # type: ignore[no-untyped-call]
+        length = 4 / budget.iterations * (1 - step / budget.iterations)  # twice the ball's radius in all
         with torch.no_grad():
-            shifts = {name: _step(shift, limits[name], budget.iterations) for name, shift in shifts.items()}
+            shifts = {name: _step(shift, limits[name], length) for name, shift in shifts.items()}
     ending = _shifted(start, shifts)
     return ending, (first, _loss_over(network, ending, moments))
 
 
-def _step(shift: Tensor, limit: Tensor, iterations: int) -> Tensor:
-    """One normalised step downhill and back into the ball. Long enough to cross the ball more than once in all."""
+def _step(shift: Tensor, limit: Tensor, length: float) -> Tensor:
+    """One normalised step downhill, of `length` radii, and back into the ball."""
     slope = torch.zeros_like(shift) if shift.grad is None else shift.grad
     direction = slope / _norms(slope).clamp(min=1e-20)
-    moved = shift.detach() - (2.5 / iterations) * limit * direction
+    moved = shift.detach() - length * limit * direction
     return moved * (limit / _norms(moved).clamp(min=1e-20)).clamp(max=1)
 
 

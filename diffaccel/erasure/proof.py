@@ -205,7 +205,7 @@ def untouched(pipe: Any) -> Iterator[None]:
 @contextmanager
 def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
     """The pipeline without this edit; gives what applies it for a while. At the end it is applied if it was before."""
-    from diffaccel.erasure.apply import apply_edit, remove_edit  # noqa: PLC0415
+    from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit  # noqa: PLC0415
 
     @contextmanager
     def applied(form: str) -> Iterator[None]:
@@ -215,7 +215,14 @@ def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
         finally:
             remove_edit(pipe, edit)
 
-    yield applied
+    forms = [form for other, form in applied_edits(pipe) if other == edit]
+    if forms:
+        remove_edit(pipe, edit)
+    try:
+        yield applied
+    finally:
+        if forms:
+            apply_edit(pipe, edit, form=forms[0])
 
 
 def null_states(pipe: Any, drawing: Drawing, notes: list[str]) -> tuple[list[Moment], Any]:

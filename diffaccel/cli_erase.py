@@ -1,0 +1,157 @@
+"""`diffaccel erase`: concepts in, a small edit file out, and on request the proof of what it does."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from diffaccel.cli_support import (
+    Debug,
+    Guidance,
+    Model,
+    Output,
+    Overwrite,
+    Placement,
+    Precision,
+    Seed,
+    Steps,
+    console,
+    progress,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    from diffaccel.erasure.proof_result import Proof
+
+
+class Method(StrEnum):
+    """Closed forms."""
+
+    speed = "speed"
+    uce = "uce"
+    rece = "rece"
+    mace = "mace"
+
+
+def erase(
+    concepts: Annotated[list[str] | None, typer.Argument(metavar="[CONCEPT...]", help="What to erase.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", "-f", exists=True, dir_okay=False, help="JSON: targets, synonyms with weights, keeps, anchor."
+        ),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option("--keep", "-k", help="What must stay; repeatable.")] = None,
+    anchor: Annotated[str | None, typer.Option(help="What takes its place; default: nothing in particular.")] = None,
+    method: Annotated[Method, typer.Option(help="How to erase.")] = Method.speed,
+    model: Model = "shapes-sd",
+    output: Output = Path("out"),
+    overwrite: Overwrite = False,
+    prove: Annotated[bool, typer.Option("--prove", help="Draw before and after, and attack the edit.")] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="Proof: prompts per concept.")] = 8,
+    neighbour: Annotated[
+        list[str] | None, typer.Option(help="Proof: something near it that nobody listed; repeatable.")
+    ] = None,
+    attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="Proof: also attack the edit.")] = True,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures computed together.")] = 8,
+    device: Placement = None,
+    dtype: Precision = None,
+    debug: Debug = False,
+) -> None:
+    """Erase concepts: write a small edit file for apply_edit, and with --prove what it does."""
+    from diffaccel.erasure.solve import WeakErasure
+    from diffaccel.erasure.solve import erase as compute
+    from diffaccel.loading import default_guidance, load_pipeline
+    from diffaccel.output import OutputFolder
+
+    request = _request(concepts or [], file, keep or [], anchor)
+    folder = OutputFolder(output, overwrite)
+    target = folder.claim(_file_name(request["concepts"]))
+    if prove:
+        folder.claim("proof.json"), folder.claim("proof.png")  # refused now, not after minutes of drawing
+    quiet_libraries()
+    pipe = load_pipeline(model, device=device, dtype=dtype)
+    started = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeakErasure)
+        edit = compute(pipe, **request, method=method.value)
+    _print_edit(edit, time.perf_counter() - started)
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}")
+    edit.save(target)  # an existing file was refused above, unless it may be replaced
+    typer.echo(target)
+    if prove:
+        with progress() as on_progress:
+            proof = edit.prove(
+                pipe,
+                prompts=prompts,
+                neighbours=neighbour,
+                attacks=_ALL if attacks else (),
+                steps=steps,
+                guidance=default_guidance(model) if guidance is None else guidance,
+                seed=seed,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+        _print_proof(proof)
+        for path in proof.save(output, overwrite=overwrite):
+            typer.echo(path)
+
+
+_ALL = ("closed_form", "gradient", "inversion")
+
+
+def _request(concepts: list[str], file: Path | None, keep: list[str], anchor: str | None) -> dict[str, Any]:
+    """The arguments of `diffaccel.erase`. Keeps given beside a file are added to its own."""
+    if bool(concepts) == (file is not None):
+        raise typer.BadParameter("give concepts, or --file with a list of them.")
+    if file is None:
+        return {"concepts": concepts, "keep": keep, "anchor": anchor}
+    from diffaccel.erasure.concepts import read_concepts
+
+    found = read_concepts(file)
+    return {
+        "concepts": list(found.concepts),
+        "keep": [*found.keep, *keep],
+        "anchor": found.anchor if anchor is None else anchor,
+    }
+
+
+def _file_name(concepts: list[Any]) -> str:
+    """no-circle-star.safetensors"""
+    from diffaccel.output import safe_name
+
+    return f"no-{safe_name('-'.join(getattr(item, 'target', item) for item in concepts))}.safetensors"
+
+
+def _print_edit(edit: Any, seconds: float) -> None:
+    table = Table("erased", "kept", "method", "edited modules", "rank", "seconds")
+    table.add_row(
+        escape(", ".join(concept.target for concept in edit.concepts)),
+        str(len(edit.keep)),
+        edit.method,
+        str(sum(len(found.modules) for found in edit.maps)),
+        ", ".join(str(found.left.shape[1]) for found in edit.maps),
+        f"{seconds:.2f}",
+    )
+    console().print(table)
+    for leak in edit.leaks:
+        typer.echo(f"leak: {leak}")
+
+
+def _print_proof(proof: Proof) -> None:
+    out = console()
+    for table in proof.tables():
+        out.print(table)
+    for sentence in (*proof.summary(), *(f"note: {note}" for note in proof.notes)):
+        typer.echo(sentence)
