@@ -105,11 +105,13 @@ def applied_edits(pipe: Any) -> tuple[tuple[Edit, Form], ...]:
     )
 
 
-def check_fit(network: nn.Module, edit: Edit, form: str) -> None:
+def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) -> None:
     """Whether an edit can be applied to a network now.
 
     In the form "map", projections without a plain weight (quantised, LoRA merged into them) are known by their width only.
 
+    Args:
+        bases: compare the weights with the ones on which the edit was made.
     Raises:
         Unsupported: it cannot, with the reason.
     """
@@ -122,13 +124,17 @@ def check_fit(network: nn.Module, edit: Edit, form: str) -> None:
             require_plain(network, path, "write the weights")
         if not fits(network, module):
             raise Unsupported(f"the {edit} does not fit: {module.name} does not read {module.shape[1]} numbers.")
-        weight = (applied.bases.get(path) if applied else None) if form == "map" else None
-        outer = live(network, path)
-        inner = unwrapped(outer)
-        if weight is None and not getattr(outer, "merged", False):
-            weight = applied.base_now(network, path)[0] if applied else stored_weight(inner)
+        weight = _base(network, applied, path, form) if bases else None
         if weight is not None:
             check_base(weight, module, edit)
+
+
+def _base(network: nn.Module, applied: _Applied | None, path: str, form: str) -> Tensor | None:
+    """The weight before all edits, (d_out, d_in); None where a map goes in front of something else."""
+    outer = live(network, path)
+    if applied is not None and path in applied.bases:
+        return applied.bases[path] if form == "map" else applied.base_now(network, path)[0]
+    return None if getattr(outer, "merged", False) else stored_weight(unwrapped(outer))
 
 
 class _Applied(seams.Residence):
