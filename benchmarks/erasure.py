@@ -33,6 +33,7 @@ from diffaccel.bench import machine
 from diffaccel.comparison import _json_value as json_value
 from diffaccel.erasure.attacks import ATTACKS, Budget
 from diffaccel.erasure.recording import Drawing
+from diffaccel.errors import DiffaccelError
 from diffaccel.miniatures import load_folder, load_judge, load_miniature, recommended_guidance
 from diffaccel.output import write_text
 
@@ -107,6 +108,7 @@ class Results:
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *, restart: bool) -> None:
         self.path, self.facts = path, dict(facts)
+        self.refused: dict[str, str] = {}
         self.rows: list[dict[str, Any]] = [] if restart or not path.exists() else read_rows(path)
 
     def has(self, key: Sequence[Any], conditions: Mapping[str, Any], attacks: Sequence[str]) -> bool:
@@ -121,7 +123,10 @@ class Results:
         others = read_rows(self.path) if self.path.exists() and self.rows else []
         merged = {json.dumps(row["key"]): row for row in (*others, *self.rows, *map(json_value, rows))}
         self.rows = list(merged.values())
-        text = json.dumps({"machine": self.facts, "rows": self.rows}, indent=1, allow_nan=False) + "\n"
+        text = (
+            json.dumps({"machine": self.facts, "refused": self.refused, "rows": self.rows}, indent=1, allow_nan=False)
+            + "\n"
+        )
         write_text(self.path, text, overwrite=True)
 
 
@@ -168,7 +173,12 @@ def run(options: Options, results: Results) -> None:
     bench = prepare(options)
     for done, (method, task) in enumerate(wanted):
         started = time.perf_counter()
-        row = one(bench, options, method, task)
+        try:
+            row = one(bench, options, method, task)
+        except DiffaccelError as error:  # a method may refuse a task; the others still count
+            results.refused[f"{options.subject}, {task.name}, {method}"] = str(error)
+            print(f"{done + 1} of {len(wanted)}: {task.name}, {method} refused: {error}", flush=True)
+            continue
         results.add([row])
         print(
             f"{done + 1} of {len(wanted)} ({time.perf_counter() - started:.0f} s): {line(json_value(row))}", flush=True
@@ -276,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.render:
             run(options, results)
     finally:
-        text = page(results.rows, results.facts)
+        text = page(results.rows, results.facts, results.refused)
         write_text(path.with_suffix(".md"), text, overwrite=True)
         print(text)
 

@@ -12,7 +12,7 @@ MOST_ERASED, MOST_LOST, MOST_WORST = 5.0, 2.0, 8.0  # per cent, points, points
 ATTACKS = ("closed_form", "gradient", "inversion")
 
 
-def page(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+def page(rows: Sequence[Row], facts: Mapping[str, Any], refused: Mapping[str, str] | None = None) -> str:
     """Everything as Markdown."""
     sections = ["# Concept erasure", EXPLANATION, describe_machine(facts)]
     for subject in dict.fromkeys(row["subject"] for row in rows):
@@ -21,6 +21,8 @@ def page(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         sections += ["### By kind of task", table(_summary_columns(own)), "### Every edit", table(_edit_columns(own))]
         if any(row["attacks"] for row in own):
             sections += ["### Attacks", table(_attack_columns(own))]
+    if refused:
+        sections += ["## Refused", "\n".join(f"- {what}: {why}" for what, why in refused.items())]
     return "\n\n".join(sections) + "\n"
 
 

@@ -15,6 +15,7 @@ import torch
 from benchmarks import erasure, erasure_measure, erasure_table
 from benchmarks.erasure_tasks import Task, concepts, erased_cases, keep_list, named, pool, shown, tasks
 from diffaccel.erasure.probes import MEANINGS, attributes
+from diffaccel.errors import Unsupported
 from diffaccel.miniatures.scenes import COLOUR_WORDS, SHAPE_WORDS, SHAPES, TEXTURE_WORDS
 
 
@@ -139,6 +140,18 @@ def test_a_run_is_written_resumed_and_merged(
     again = run(tmp_path / "other", "--render", "--merge", str(tmp_path / "erasure.json"))
     assert [row["label"] for row in again["rows"]] == ["", "", "wide"]
     assert len(silence) == 3
+
+
+def test_a_method_may_refuse_a_task(silence: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(bench: Any, options: Any, method: str, task: Task) -> Any:
+        raise Unsupported(f"{method} cannot.")
+
+    monkeypatch.setattr(erasure, "prepare", lambda options: None)
+    monkeypatch.setattr(erasure, "one", refuse)
+    erasure.main([*ARGUMENTS.split(), "--out", str(tmp_path)])
+    page = (tmp_path / "erasure.md").read_text()
+    assert "- shapes-sd, circle, uce: uce cannot." in page
+    assert "- shapes-sd, circle, speed: speed cannot." in page
 
 
 def test_the_model_is_unedited_after_a_failure(silence: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
