@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.erasure_tasks import Task, erased_cases, named, pool, shown
 from diffaccel.erasure import attacks as attacking
 from diffaccel.erasure.attacks import Budget, Material
+from diffaccel.erasure.null_drift import drift, null_states, predict
 from diffaccel.erasure.probes import attributes, shows, without
-from diffaccel.erasure.proof import drift, null_states, predict
 from diffaccel.erasure.recognition import seen
 from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.erasure.scores import binomial, picture_distance

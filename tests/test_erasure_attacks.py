@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.erasure import attacks
-from diffaccel.erasure.attacks import Budget, Material, occurrences, shorten, undo_map
+from diffaccel.erasure.attacks import Budget, Material, undo_map
+from diffaccel.erasure.learned_words import LearnedWord, occurrences, shorten
 from diffaccel.erasure.recognition import ProofError
 from diffaccel.erasure.recording import (
     SEQUENCE,
@@ -264,14 +265,14 @@ def test_occurrences_against_a_loop() -> None:
 def test_inversion_learns_vectors_of_real_length(
     pipe: Any, material: Material, edited: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learned: list[attacks.LearnedWord] = []
-    make = attacks.LearnedWord.__init__
+    learned: list[LearnedWord] = []
+    make = LearnedWord.__init__
 
-    def remember(self: attacks.LearnedWord, *args: Any) -> None:
+    def remember(self: LearnedWord, *args: Any) -> None:
         make(self, *args)
         learned.append(self)
 
-    monkeypatch.setattr(attacks.LearnedWord, "__init__", remember)
+    monkeypatch.setattr(LearnedWord, "__init__", remember)
     before = state(pipe)
     found = attacks.inversion(pipe, material, Budget(iterations=30, moments=2, percentile=60), DRAWING)
     assert_same(before, state(pipe))

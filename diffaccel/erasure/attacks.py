@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffaccel.erasure.learned_words import LearnedWord, encoders, inserted, shorten
 from diffaccel.erasure.recognition import ProofError
 from diffaccel.erasure.recording import (
     Drawing,
@@ -138,13 +139,6 @@ def undo_map(network: nn.Module, originals: Mapping[str, Tensor], regulariser: f
     return torch.cholesky_solve(cross, torch.linalg.cholesky(normal + ridge))
 
 
-def shorten(rows: Tensor, longest: Tensor | float) -> Tensor:
-    """Rows (..., d), those longer than `longest` shortened to it."""
-    norms = rows.norm(dim=-1, keepdim=True)
-    shortened: Tensor = rows * (longest / norms.clamp(min=torch.finfo(rows.dtype).tiny)).clamp(max=1)
-    return shortened
-
-
 def _relative_length(rows: Tensor, text: Tensor) -> float:
     return float((rows.flatten(1).norm(dim=1) / text.flatten(1).norm(dim=1)).max())
 
@@ -245,7 +239,7 @@ def inversion(pipe: Any, material: Material, budget: Budget, drawing: Drawing) -
     }
     learned = [word for group in words.values() for word in group]
     losses: list[float] = []
-    with frozen(pipe), _inserted(learned):
+    with frozen(pipe), inserted(learned):
         optimizer = torch.optim.Adam([word.vectors for word in learned], lr=0.1 * min(w.scale for w in learned))
         for step in range(budget.iterations):
             batch = step % len(material.encodings)
@@ -278,60 +272,6 @@ def _encode_batch(pipe: Any, material: Material, batch: int, drawing: Drawing) -
     found = encode(pipe, material.prompts[start : start + drawing.batch_size], drawing)
     # negative prompts and masks stay as they were: only what the attacker can type is attacked
     return material.encodings[batch].replaced(**found.texts)
-
-
-def encoders(pipe: Any) -> list[tuple[Any, nn.Module]]:
-    """Tokenizer and text encoder pairs of a pipeline."""
-    pairs = [(getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in ("", "_2", "_3")]
-    return [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
-
-
-class LearnedWord:
-    """Vectors that stand in for the tokens of a word wherever these follow each other in the input of a text encoder."""
-
-    def __init__(self, tokenizer: Any, encoder: nn.Module, word: str, percentile: float) -> None:
-        self.word, self.found = word, False
-        self.ids = torch.tensor(tokenizer(word, add_special_tokens=False).input_ids)
-        if not len(self.ids):
-            raise ProofError(f"{word!r} has no tokens, so no other vectors can be learned for it.")
-        self.table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-        weight = self.table.weight.detach().float()
-        norms = weight.norm(dim=1)
-        self.longest = torch.quantile(norms, percentile / 100)
-        self.scale = float(norms.mean() / weight.shape[1] ** 0.5)  # size of one number
-        self.vectors = shorten(weight[self.ids.to(weight.device)].clone(), self.longest).requires_grad_(True)
-
-    def shorten(self) -> None:
-        """Back to lengths that real tokens have."""
-        with torch.no_grad():
-            self.vectors.copy_(shorten(self.vectors, self.longest))
-
-    def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The looked-up vectors (n, tokens, d) with ours in their places."""
-        places = occurrences(args[0], self.ids.to(args[0].device))
-        self.found = self.found or bool(places.any())
-        for offset in range(len(self.ids)):
-            here = torch.roll(places, offset, dims=1)
-            output = torch.where(here[..., None], self.vectors[offset].to(output.dtype), output)
-        return output
-
-
-def occurrences(ids: Tensor, word: Tensor) -> Tensor:
-    """(n, tokens) True where the word's tokens begin. An occurrence never runs past the end."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    if len(word) <= ids.shape[1]:
-        found[:, : ids.shape[1] - len(word) + 1] = (ids.unfold(1, len(word), 1) == word).all(-1)
-    return found
-
-
-@contextmanager
-def _inserted(words: Sequence[LearnedWord]) -> Iterator[None]:
-    handles = [word.table.register_forward_hook(word.hook) for word in words]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 BY_NAME: dict[str, Callable[[Any, Material, Budget, Drawing], Attacked]] = {

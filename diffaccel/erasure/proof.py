@@ -21,6 +21,7 @@ from torch import Tensor
 from diffaccel.bench import machine
 from diffaccel.erasure import attacks as attacking
 from diffaccel.erasure.attacks import ATTACKS, Attacked, Budget, Material
+from diffaccel.erasure.null_drift import drift, null_states, predict
 from diffaccel.erasure.probes import (
     TEMPLATES,
     Probe,
@@ -38,7 +39,7 @@ from diffaccel.erasure.recognition import (
     Recogniser,
     find_recogniser,
 )
-from diffaccel.erasure.recording import Drawing, Moment, denoiser_of, draw, encode, record, replay
+from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.erasure.scores import binomial
 from diffaccel.errors import Unsupported
 from diffaccel.seams import Seams
@@ -223,31 +224,6 @@ def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
     finally:
         if forms:
             apply_edit(pipe, edit, form=forms[0])
-
-
-def null_states(pipe: Any, drawing: Drawing, notes: list[str]) -> tuple[list[Moment], Any]:
-    """Recorded calls for the empty prompt, and its embedding."""
-    try:
-        with torch.no_grad():
-            encoding = encode(pipe, [""], drawing)
-        return record(pipe, encoding, drawing, moments=6), encoding
-    except Unsupported as error:
-        notes.append(f"The drift of the empty prompt was not measured: {error}")
-        return [], None
-
-
-@torch.no_grad()
-def predict(pipe: Any, states: Sequence[Moment], encoding: Any) -> list[Tensor]:
-    _, network = denoiser_of(pipe)
-    return [replay(network, state, encoding) for state in states]
-
-
-def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
-    """Relative change of the predictions for the empty prompt, averaged over denoising steps."""
-    if not before:
-        return None
-    pairs = zip(before, after, strict=True)
-    return float(torch.tensor([(b - a).float().norm() / a.float().norm() for a, b in pairs]).mean())
 
 
 def _material(
