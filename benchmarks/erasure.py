@@ -5,8 +5,8 @@
     python benchmarks/erasure.py --subject shapes-sd3 --device cuda --batch 64
     python benchmarks/erasure.py --set speed.rho=0.05 --label "rho 0.05"     # a setting of one method, as another row
 
-Results are written after every edit, and what is in the file already is not measured again. `--merge` adds rows that
-another process wrote; `--render` only writes the page again.
+Results are written after every edit, and what is in the file already is not measured again, so several processes may share
+one file (`--share 0/2` and `--share 1/2`). `--merge` adds the rows of other files; `--render` only writes the page again.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Options:
     attack_pictures: int
     attack_iterations: int
     attack_radius: float
+    attack_regulariser: float
+    attack_length: float
     steps: int
     guidance: float | None
     seed: int
@@ -70,19 +72,13 @@ class Options:
     merge: list[Path]
     render: bool
     restart: bool
+    share: str
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What must be equal for two rows to be comparable."""
-        names = (
-            "pictures",
-            "erased_pictures",
-            "attack_pictures",
-            "attack_iterations",
-            "attack_radius",
-            "steps",
-            "seed",
-        )
+        names = [name for name in vars(self) if name.startswith("attack_")]
+        names += ["pictures", "erased_pictures", "steps", "seed"]
         return {name: getattr(self, name) for name in names} | {"guidance": self.scale}
 
     @property
@@ -155,7 +151,12 @@ def load(options: Options, folder: Path | None = None) -> Any:
 def prepare(options: Options) -> Bench:
     """Everything that all edits share; draws the unedited pool."""
     drawing = Drawing(options.steps, options.scale, options.seed, options.batch, SUBJECTS[options.subject].call)
-    budget = Budget(iterations=options.attack_iterations, radius=options.attack_radius)
+    budget = Budget(
+        regulariser=options.attack_regulariser,
+        length=options.attack_length,
+        radius=options.attack_radius,
+        iterations=options.attack_iterations,
+    )
     replacements = {name: load(options, Path(path)) for name, path in (item.split("=", 1) for item in options.without)}
     return Bench(
         load(options),
@@ -171,10 +172,11 @@ def prepare(options: Options) -> Bench:
 
 def run(options: Options, results: Results) -> None:
     """Measure what is missing, one edit after the other."""
+    first, processes = (int(part) for part in options.share.split("/"))
+    pairs = [(method, task) for task in tasks(options.concepts) for method in options.methods]
     wanted = [
         (method, task)
-        for task in tasks(options.concepts)
-        for method in options.methods
+        for method, task in pairs[first::processes]
         if not results.has(options.key(method, task), options.conditions, options.attacks)
     ]
     if not wanted:
@@ -268,6 +270,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--attack-radius", type=float, default=0.3, help="of the gradient attack, in norms of the prompt"
     )
+    parser.add_argument("--attack-regulariser", type=float, default=1e-3, help="of the closed form, relative")
+    parser.add_argument("--attack-length", type=float, default=1.5, help="of its rows, in longest rows of real prompts")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, help="default: the recommended one")
     parser.add_argument("--seed", type=int, default=0)
@@ -281,6 +285,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--stem", default="erasure", help="of the two files written")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files with further rows")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="measure every Nth edit only, from the Ith")
     parser.add_argument("--restart", action="store_true", help="forget what was measured before")
     return Options(**vars(parser.parse_args(arguments)))
 
