@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +28,22 @@ class Method(BaseModel):
 
     def check(self, model: ModelMap) -> None:
         """Raise `Unsupported` with the reason if this method cannot work on this model."""
+
+    def located(self, folder: Path) -> Method:
+        """This method as read from a recipe file in `folder`: where it names files, they are found from there.
+
+        Raises:
+            RecipeError: a file that a recipe file may not name.
+        """
+        return self
+
+    def portable(self, folder: Path) -> Method:
+        """The inverse of `located`: this method as it is written to a recipe file in `folder`.
+
+        Raises:
+            RecipeError: it names a file that a recipe file there may not name.
+        """
+        return self
 
     def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
         """Change the pipeline's call arguments (only schedule methods do)."""

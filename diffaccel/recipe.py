@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,16 @@ class Recipe(BaseModel):
         return cls(name=name, note=note, methods=methods, transformer_methods=transformers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON; the file is replaced in one step."""
+        """Write as JSON; the file is replaced in one step. Files that methods name are written as seen from its folder.
+
+        Raises:
+            RecipeError: it cannot be written, or a method names a file that is not in this folder or below.
+        """
         target = Path(path)
+        data = self._with(lambda method: method.portable(target.parent)).to_dict()
         temporary = target.with_name(target.name + ".part")
         try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, target)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -145,7 +150,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a JSON recipe.
+        """Read a JSON recipe. Files that methods name are looked for in its folder and below.
 
         Raises:
             RecipeError: no such file, no valid JSON, or wrong contents.
@@ -156,11 +161,21 @@ class Recipe(BaseModel):
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise RecipeError(f"cannot read the recipe {path}: {reason}.") from error
         try:
-            return cls.from_dict(json.loads(text))
+            return cls.from_dict(json.loads(text))._with(lambda method: method.located(Path(path).parent))
         except json.JSONDecodeError as error:
             raise RecipeError(f"{path} is not valid JSON: {error}.") from error
         except RecursionError as error:
             raise RecipeError(f"{path} is not a recipe: it is nested too deeply.") from error
+
+    def _with(self, change: Callable[[Method], Method]) -> Recipe:
+        """The recipe with every method changed."""
+        transformers = self.transformer_methods
+        return Recipe(
+            name=self.name,
+            note=self.note,
+            methods=tuple(map(change, self.methods)),
+            transformer_methods=None if transformers is None else tuple(map(change, transformers)),
+        )
 
     def describe(self) -> str:
         """One line: methods with the settings that differ from their defaults."""

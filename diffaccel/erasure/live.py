@@ -88,9 +88,10 @@ def network_of(pipe: Any, edit: Edit) -> tuple[str, nn.Module]:
         Unsupported: the pipeline has no such parts, or no closed form applies to it.
     """
     name = edit.modules[0].name.split(".")[0]
-    if type(getattr(pipe, name, None)).__name__ == "OptimizedModule":
+    network = getattr(pipe, name, None)
+    if type(network).__name__ == "OptimizedModule" or getattr(network, "_compiled_call_impl", None) is not None:
         raise Unsupported(
-            f"pipe.{name} is compiled as a whole; apply the edit before, or compile its repeated blocks instead "
+            f"pipe.{name} is compiled as a whole; compile its repeated blocks instead "
             f"(pipe.{name}.compile_repeated_blocks())."
         )
     routes = {route.name: route for route in find_routes(pipe)}
@@ -226,5 +227,10 @@ def sites(network: nn.Module, plan: Mapping[str, list[LowRank]]) -> dict[nn.Modu
 
 def fits(network: nn.Module, module: EditedModule) -> bool:
     """Whether a live projection reads as many numbers as the edited one did."""
-    inner = unwrapped(live(network, module.name.split(".", 1)[1]))
+    inner = unwrapped(live(network, inside(module.name)))
     return int(getattr(inner, "in_features", -1)) == module.shape[1]
+
+
+def inside(name: str) -> str:
+    """A module's path inside its network: without the network's name."""
+    return name.split(".", 1)[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.erasure import closed_forms as forms
-from diffaccel.erasure.apply import _Applied as Applied
+from diffaccel.erasure.applied import Applied
 from diffaccel.erasure.closed_forms import Columns, LowRank
 from diffaccel.erasure.columns import POOLED_SECTION, Key, Policy, RowReader, chosen_rows, pair_rows
 from diffaccel.erasure.concepts import Concept, ConceptList, ErasureError, mentions, settle

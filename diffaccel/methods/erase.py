@@ -19,7 +19,18 @@ from torch import nn
 
 from diffaccel.erasure.apply import check_fit
 from diffaccel.erasure.edit import Edit, load_edit
-from diffaccel.erasure.live import FusedMaps, LowRank, Site, live, map_text, maps_of, network_of, sites, unwrapped
+from diffaccel.erasure.live import (
+    FusedMaps,
+    LowRank,
+    Site,
+    inside,
+    live,
+    map_text,
+    maps_of,
+    network_of,
+    sites,
+    unwrapped,
+)
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method, register
 from diffaccel.model_map import ModelMap
@@ -70,7 +81,7 @@ class Erase(Method):
         run.count(self.name, projections=len(edit.modules), concepts=len(edit.concepts))
 
     def _plan(self, edit: Edit) -> dict[str, list[LowRank]]:
-        plan = {name.split(".", 1)[1]: maps for name, maps in maps_of([edit]).items()}
+        plan = {inside(name): maps for name, maps in maps_of([edit]).items()}
         if self.strength == 1:
             return plan
         weaker = {
@@ -148,7 +159,7 @@ _CHECKED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 def _check(network: nn.Module, edit: Edit) -> None:
     """`check_fit`, without reading all weights again while they are the same."""
-    weights = [getattr(unwrapped(live(network, m.name.split(".", 1)[1])), "weight", None) for m in edit.modules]
+    weights = [getattr(unwrapped(live(network, inside(m.name))), "weight", None) for m in edit.modules]
     state = (edit.digest, [(id(w), getattr(w, "_version", None)) for w in weights])
     check_fit(network, edit, "map", bases=_CHECKED.get(network) != state)
     _CHECKED[network] = state
