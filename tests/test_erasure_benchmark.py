@@ -135,7 +135,9 @@ def test_a_run_is_written_resumed_and_merged(
     assert capsys.readouterr().out.count("circle, ") == 2
     run(tmp_path, "--set", "speed.tau=0.1")
     assert len(silence) == 2  # all was there
-    run(tmp_path, "--set", "speed.tau=0.2", "--label", "wide")
+    run(tmp_path, "--set", "speed.tau=0.2", "--label", "wide", "--share", "0/2")
+    assert len(silence) == 2  # one edit is missing, which is the other process's
+    run(tmp_path, "--set", "speed.tau=0.2", "--label", "wide", "--share", "1/2")
     assert silence[2:] == ["speed circle {'tau': 0.2}"]
     again = run(tmp_path / "other", "--render", "--merge", str(tmp_path / "erasure.json"))
     assert [row["label"] for row in again["rows"]] == ["", "", "wide"]
