@@ -7,10 +7,8 @@ prompts and attacks it names; it does not show that the knowledge is gone from t
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +38,9 @@ from diffaccel.erasure.recognition import (
     find_recogniser,
 )
 from diffaccel.erasure.recording import Drawing, draw
+from diffaccel.erasure.scope import untouched, without_edit
 from diffaccel.erasure.scores import binomial
 from diffaccel.errors import Unsupported
-from diffaccel.seams import Seams
 
 Progress = Callable[[int, int, str], None]
 MOST_KEPT = 12  # kept phrases that are drawn if nobody chooses; an edit may list a thousand
@@ -182,48 +180,6 @@ def _unlisted(targets: Sequence[str], listed: Sequence[str]) -> list[str]:
     known = {item for text in (*targets, *listed) for item in attributes(text)}
     names = [name for target in targets for name in siblings(target)]
     return [name for name in dict.fromkeys(names) if not known & set(attributes(name))]
-
-
-@contextmanager
-def untouched(pipe: Any) -> Iterator[None]:
-    """Give back scheduler, progress bar and the pipeline's own variables as they were."""
-    before = dict(vars(pipe))
-    with Seams() as seams:
-        if getattr(pipe, "scheduler", None) is not None:
-            seams.replace(pipe, "scheduler", copy.deepcopy(pipe.scheduler))
-        if hasattr(pipe, "progress_bar"):
-            seams.replace(pipe, "_progress_bar_config", {"disable": True})
-        try:
-            yield
-        finally:
-            for name in set(vars(pipe)) - set(before) - {"_progress_bar_config"}:
-                object.__delattr__(pipe, name)
-            for name, value in before.items():
-                if value is None or isinstance(value, (bool, int, float, str)):
-                    object.__setattr__(pipe, name, value)
-
-
-@contextmanager
-def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
-    """The pipeline without this edit; gives what applies it for a while. At the end it is applied if it was before."""
-    from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit  # noqa: PLC0415
-
-    @contextmanager
-    def applied(form: str) -> Iterator[None]:
-        apply_edit(pipe, edit, form=form)
-        try:
-            yield
-        finally:
-            remove_edit(pipe, edit)
-
-    forms = [form for other, form in applied_edits(pipe) if other == edit]
-    if forms:
-        remove_edit(pipe, edit)
-    try:
-        yield applied
-    finally:
-        if forms:
-            apply_edit(pipe, edit, form=forms[0])
 
 
 def _material(
