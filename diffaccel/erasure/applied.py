@@ -101,7 +101,7 @@ class Applied(seams.Residence):
             base = before if base is current else base
             maps = after.get(path, [])
             self.bases[path] = base
-            seams.overwrite(weight, _finite(render(base, maps), changed) if maps else base)
+            seams.overwrite(weight, finite(render(base, maps), changed) if maps else base)
             if not maps:
                 del self.bases[path]
 
@@ -218,7 +218,8 @@ def _forget_graphs(network: nn.Module) -> None:
         torch.compiler.reset()
 
 
-def _finite(weight: Tensor, edit: Edit) -> Tensor:
+def finite(weight: Tensor, edit: Edit) -> Tensor:
+    """The weight an edit makes; Unsupported if the edit is too much for its dtype."""
     if not bool(torch.isfinite(weight).all()):
         raise Unsupported(f"the {edit} would make weights infinite in {str(weight.dtype).removeprefix('torch.')}.")
     return weight

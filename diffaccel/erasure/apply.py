@@ -18,9 +18,20 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffaccel.erasure.applied import Applied
+from diffaccel.erasure.applied import Applied, finite
 from diffaccel.erasure.edit import Edit, EditError, load_edit
-from diffaccel.erasure.live import check_base, fits, inside, live, network_of, require_plain, stored_weight, unwrapped
+from diffaccel.erasure.live import (
+    check_base,
+    fits,
+    inside,
+    live,
+    maps_of,
+    network_of,
+    render,
+    require_plain,
+    stored_weight,
+    unwrapped,
+)
 from diffaccel.errors import Unsupported
 
 Form = Literal["weights", "map"]
@@ -102,6 +113,8 @@ def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) 
     applied = Applied.of(network)
     if applied is not None and edit in applied.edits:
         raise Unsupported(f"the {edit} is applied already; once is enough.")
+    names = {text_map.modules[0].name for text_map in edit.maps}  # one of each map tells whether its numbers are sane
+    first = {name: maps for name, maps in maps_of([edit]).items() if name in names}
     for module in edit.modules:
         path = inside(module.name)
         if form == "weights":
@@ -111,6 +124,8 @@ def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) 
         weight = _base(network, applied, path, form) if bases else None
         if weight is not None:
             check_base(weight, module, edit)
+            if module.name in first:
+                finite(render(weight, first[module.name]), edit)
 
 
 def _base(network: nn.Module, applied: Applied | None, path: str, form: str) -> Tensor | None:
