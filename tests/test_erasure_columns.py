@@ -99,6 +99,16 @@ def test_an_empty_phrase_is_the_empty_prompt():
     assert found.spans("a photo of {}", [""], 0) == [Span(1, 1, 1, 2, LIMIT)] == [found.empty_span(0)]
 
 
+def test_paddings_can_be_limited_but_not_those_of_the_empty_prompt():
+    found = reader("sd", paddings=3)
+    circle, empty = found.spans("a {}", ["circle", ""], 0)
+    assert circle == Span(1, 2, 3, 4, 7)
+    assert empty.total == LIMIT
+    assert chosen_rows("tail", circle) == [2, 3, 4, 5, 6]
+    (at_the_end,) = reader("sd", paddings=100).spans("a {}", ["circle"], 0)
+    assert at_the_end.total == LIMIT
+
+
 def test_a_phrase_that_melts_into_its_template_is_refused():
     with pytest.raises(ErasureError, match=r"'circle' melt into its template"):
         reader("sd").spans("a semi{}", ["circle"], 0)

@@ -1,7 +1,7 @@
 """The embeddings that edits are made of: which rows of which prompts, and their values as the denoiser receives them.
 
 A row has a key (section, text, index). The index counts tokens from the start of its section; pooled vectors have index
-0. CLIP's text models are causal, so rows of words do not depend on what follows and are computed without paddings.
+0. CLIP's text models are causal, so rows do not depend on what follows and prompts are encoded up to the last wanted row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Span:
         head: rows before the first word (1 for CLIP's start token, 0 for T5).
         start, stop: rows of the phrase, past-the-end style. Both equal `head` for an empty prompt.
         end: rows before the paddings, the end-of-text row included.
-        total: rows with the paddings; equal to `end` where paddings are masked.
+        total: rows with the paddings that count; equal to `end` where paddings are masked.
     """
 
     head: int
@@ -92,10 +92,11 @@ class RowReader:
 
     Args:
         t5_tokens: length to which T5 pads where its paddings are not masked; None is the pipeline's default.
+        paddings: how many of a prompt's paddings count, the first ones; None is all. The empty prompt keeps all of its.
     """
 
-    def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None) -> None:
-        self._pipe, self._route, self._t5_tokens = pipe, route, t5_tokens
+    def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None, paddings: int | None = None) -> None:
+        self._pipe, self._route, self._t5_tokens, self._paddings = pipe, route, t5_tokens, paddings
         self._sections = dict(sections(route))
         self._prompts: dict[tuple[int, str], Ids] = {}
         self._widths: dict[tuple[int, int], int] = {}
@@ -136,6 +137,8 @@ class RowReader:
         stop = self._common(section, whole, before + phrase, phrase)
         if stop <= start:
             raise ErasureError(f"{phrase!r} has no token of its own in {self.text(template, phrase)!r}.")
+        if self._paddings is not None:
+            total = min(total, end + self._paddings)
         return Span(head, start, stop, end, total)
 
     def _common(self, section: int, whole: Ids, beginning: str, phrase: str) -> int:
@@ -243,17 +246,17 @@ class RowReader:
                     yield mine, rows[[key[2] for key in mine]] if rows.dim() == 2 else rows[None]
 
     def _length(self, source: Source, own: int, keys: Sequence[Key]) -> int:
-        """Tokens to encode: all of them where paddings are wanted or act on the words, else those of the text."""
+        """Tokens to encode: nothing behind the last wanted row if the encoder is causal; paddings if they act on words."""
         if source.masked or source.output in ("pooled", "projected"):
             return own
-        return self._limit(source) if source.family == "t5" or max(key[2] for key in keys) >= own else own
+        return self._limit(source) if source.family == "t5" else 1 + max(key[2] for key in keys)
 
     @torch.no_grad()
     def _encode(self, source: Source, prompts: Sequence[tuple[int, ...]], length: int) -> Tensor:
         """Output (prompts, length, width) of the encoder, or (prompts, width) where it is pooled."""
         encoder: Any = getattr(self._pipe, source.encoder)
         pad = int(getattr(self._pipe, source.tokenizer).pad_token_id)
-        ids = torch.tensor([[*prompt, *[pad] * (length - len(prompt))] for prompt in prompts])
+        ids = torch.tensor([[*prompt[:length], *[pad] * (length - len(prompt))] for prompt in prompts])
         ids = ids.to(self._pipe._execution_device)
         if source.family == "t5":
             # Masked encoders get prompts of one length at a time, so there is no padding to mask.

@@ -209,7 +209,7 @@ class _Pairs:
 def _collect(
     pipe: Any, route: Route, concepts: Sequence[Concept], protected: Sequence[str], chosen: Settings
 ) -> _Collected:
-    reader = RowReader(pipe, route, t5_tokens=chosen.t5_tokens)
+    reader = RowReader(pipe, route, t5_tokens=chosen.t5_tokens, paddings=chosen.paddings)
     pairs = _pairs(reader, concepts, chosen.templates, chosen.tokens)
     attacked = None
     if isinstance(chosen, RECE) and chosen.rounds:
