@@ -102,11 +102,13 @@ def test_an_empty_phrase_is_the_empty_prompt():
 def test_paddings_can_be_limited_but_not_those_of_the_empty_prompt():
     found = reader("sd", paddings=3)
     circle, empty = found.spans("a {}", ["circle", ""], 0)
-    assert circle == Span(1, 2, 3, 4, 7)
+    assert circle == Span(1, 2, 3, 4, 7, stands_for=(LIMIT - 4) / 3)
     assert empty.total == LIMIT
     assert chosen_rows("tail", circle) == [2, 3, 4, 5, 6]
     (at_the_end,) = reader("sd", paddings=100).spans("a {}", ["circle"], 0)
-    assert at_the_end.total == LIMIT
+    assert at_the_end == Span(1, 2, 3, 4, LIMIT)
+    (none,) = reader("sd", paddings=0).spans("a {}", ["circle"], 0)
+    assert none == Span(1, 2, 3, 4, 4)
 
 
 def test_a_phrase_that_melts_into_its_template_is_refused():

@@ -34,6 +34,7 @@ class Span:
         start, stop: rows of the phrase, past-the-end style. Both equal `head` for an empty prompt.
         end: rows before the paddings, the end-of-text row included.
         total: rows with the paddings that count; equal to `end` where paddings are masked.
+        stands_for: paddings of the prompt per padding that counts.
     """
 
     head: int
@@ -41,6 +42,7 @@ class Span:
     stop: int
     end: int
     total: int
+    stands_for: float = 1.0
 
 
 def chosen_rows(policy: Policy, span: Span) -> list[int]:
@@ -92,7 +94,8 @@ class RowReader:
 
     Args:
         t5_tokens: length to which T5 pads where its paddings are not masked; None is the pipeline's default.
-        paddings: how many of a prompt's paddings count, the first ones; None is all. The empty prompt keeps all of its.
+        paddings: how many of a prompt's paddings count, the first ones, which then stand for all; None is all. The empty
+            prompt keeps all of its.
     """
 
     def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None, paddings: int | None = None) -> None:
@@ -137,9 +140,9 @@ class RowReader:
         stop = self._common(section, whole, before + phrase, phrase)
         if stop <= start:
             raise ErasureError(f"{phrase!r} has no token of its own in {self.text(template, phrase)!r}.")
-        if self._paddings is not None:
-            total = min(total, end + self._paddings)
-        return Span(head, start, stop, end, total)
+        if not self._paddings or total <= end + self._paddings:
+            return Span(head, start, stop, end, end if self._paddings == 0 else total)
+        return Span(head, start, stop, end, end + self._paddings, (total - end) / self._paddings)
 
     def _common(self, section: int, whole: Ids, beginning: str, phrase: str) -> int:
         """How many tokens of `whole` its beginning makes; checked for every tokenizer of the section."""

@@ -33,7 +33,7 @@ class Settings(BaseModel):
         tokens: which rows of them are erased: "last" token of the phrase, its "span", the "tail" from there to the end of
             the sequence, "words" (everything but start token and paddings), "all" (but the start token), or the "context"
             (all but the phrase).
-        paddings: how many paddings "tail", "all" and "context" take, the first ones; None is all of them.
+        paddings: how many paddings "tail", "all" and "context" take: the first ones, weighted to stand for all; None is all.
         keep_templates, keep_tokens: the same for what is preserved.
         projections: which cross-attention projections are edited, where there is a choice.
         general: also preserve the bundled list of everyday words (without those that name a target).

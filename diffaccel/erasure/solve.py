@@ -249,20 +249,24 @@ def _pairs(reader: RowReader, concepts: Sequence[Concept], templates: Sequence[s
             for template in templates:
                 for section in reader.sections:
                     rows = _paired(reader, template, (name, concept.anchor or ""), section, policy)
-                    found.target.extend(target for target, _ in rows)
-                    found.anchor.extend(anchor for _, anchor in rows)
-                    found.weights.extend([weight / len(templates)] * len(rows))
+                    found.target.extend(target for target, _, _ in rows)
+                    found.anchor.extend(anchor for _, anchor, _ in rows)
+                    found.weights.extend(weight * share / len(templates) for _, _, share in rows)
                     found.owner.extend([number] * len(rows))
     return found
 
 
 def _paired(
     reader: RowReader, template: str, phrases: tuple[str, str], section: int, policy: Policy
-) -> list[tuple[Key, Key]]:
+) -> list[tuple[Key, Key, float]]:
+    """Keys of a target's row and of its counterpart, and how many rows the first stands for."""
     target, anchor = reader.spans(template, phrases, section)
     first, second = (reader.text(template, phrase) for phrase in phrases)
     used: Policy = "last" if section == POOLED_SECTION else policy
-    return [((section, first, a), (section, second, b)) for a, b in pair_rows(used, target, anchor)]
+    return [
+        ((section, first, a), (section, second, b), target.stands_for if a >= target.end else 1.0)
+        for a, b in pair_rows(used, target, anchor)
+    ]
 
 
 def _kept(reader: RowReader, protected: Sequence[str], chosen: Settings) -> list[Key]:
