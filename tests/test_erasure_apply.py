@@ -690,6 +690,13 @@ def test_a_recipe_file_names_edits_beside_it(saved, tmp_path, monkeypatch):
     loaded = Recipe.load(folder / "r.json")
     assert torch.equal(draw(diffaccel.wrap(pipe, loaded)), want)
     assert torch.equal(draw(diffaccel.wrap(pipe, folder / "r.json")), want)
+    loaded.save(folder / "again.json")
+    assert (folder / "again.json").read_text() == (folder / "r.json").read_text()
+    assert Recipe.load(folder / "again.json") == loaded
+    (folder / "inner").mkdir()
+    for recipe in (loaded, Recipe(methods=(Erase(file=saved[0]),))):  # it would not find the edit any more
+        with pytest.raises(RecipeError, match="save the recipe beside"):
+            recipe.save(folder / "inner" / "r.json")
     with pytest.raises(RecipeError, match="only name edits in its own folder or below"):
         Recipe(methods=(Erase(file="/elsewhere/e.safetensors"),)).save(folder / "r.json")
 

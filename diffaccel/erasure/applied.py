@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel import seams
-from diffaccel.erasure.edit import DTYPES, Edit
+from diffaccel.erasure.edit import DTYPES, Edit, tensor_digest
 from diffaccel.erasure.live import (
     FUSED,
     FusedMaps,
@@ -48,6 +48,7 @@ class Applied(seams.Residence):
         self.mapped: tuple[Edit, ...] = ()
         self._plan: dict[str, list[LowRank]] = {}  # maps in front of projections, by path
         self._written_plan: dict[str, list[LowRank]] = {}  # maps in their weights
+        self._rendered: dict[str, str] = {}  # digests of written weights
         self._links: list[_Link] = []
 
     @classmethod
@@ -74,6 +75,8 @@ class Applied(seams.Residence):
         if path not in self.bases:
             return current, current
         base = self.bases[path]
+        if base.dtype == current.dtype and tensor_digest(current) == self._rendered.get(path):
+            return base, current
         expected = render(base, self._written_plan[path])
         for casts in _casts(base.dtype, current.dtype):
             # the base itself: its weights were loaded again, the edit is gone already
@@ -101,9 +104,11 @@ class Applied(seams.Residence):
             base = before if base is current else base
             maps = after.get(path, [])
             self.bases[path] = base
-            seams.overwrite(weight, finite(render(base, maps), changed) if maps else base)
+            value = finite(render(base, maps), changed) if maps else base
+            seams.overwrite(weight, value)
+            self._rendered[path] = tensor_digest(value)
             if not maps:
-                del self.bases[path]
+                del self.bases[path], self._rendered[path]
 
     def settle(self, network: nn.Module) -> None:
         """Bring hooks to where the edits ask for them; move in with the first edit and out with the last."""
@@ -155,6 +160,7 @@ class Applied(seams.Residence):
     def _undo(self, path: str, base: Tensor | None, weight: Tensor, before: Tensor) -> None:
         seams.overwrite(weight, before)
         self.bases.pop(path, None)
+        self._rendered.pop(path, None)
         if base is not None:
             self.bases[path] = base
 

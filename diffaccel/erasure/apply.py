@@ -121,18 +121,18 @@ def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) 
             require_plain(network, path, "write the weights")
         if not fits(network, module):
             raise Unsupported(f"the {edit} does not fit: {module.name} does not read {module.shape[1]} numbers.")
-        weight = _base(network, applied, path, form) if bases else None
+        weight = _base(network, applied, path) if bases else None
         if weight is not None:
             check_base(weight, module, edit)
             if module.name in first:
                 finite(render(weight, first[module.name]), edit)
 
 
-def _base(network: nn.Module, applied: Applied | None, path: str, form: str) -> Tensor | None:
+def _base(network: nn.Module, applied: Applied | None, path: str) -> Tensor | None:
     """The weight before all edits, (d_out, d_in); None where a map goes in front of something else."""
     outer = live(network, path)
     if applied is not None and path in applied.bases:
-        return applied.bases[path] if form == "map" else applied.base_now(network, path)[0]
+        return applied.bases[path]
     return None if getattr(outer, "merged", False) else stored_weight(unwrapped(outer))
 
 

@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
 from diffaccel.erasure.apply import check_fit
@@ -54,6 +54,7 @@ class Erase(Method):
 
     file: str | None = Field(default=None, min_length=1)
     strength: float = Field(default=1.0, ge=0, le=1)
+    _folder: Path = PrivateAttr(default=Path())  # where relative paths start
 
     @field_validator("file", mode="before")
     @classmethod
@@ -66,13 +67,12 @@ class Erase(Method):
 
     def check(self, model: ModelMap) -> None:
         if self.file is not None:
-            edit = _load(self.file)
+            edit = _load(str(self._path))
             _, network = network_of(model.pipe, edit)
             _check(network, edit)
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        assert self.file is not None
-        edit = _load(self.file)
+        edit = _load(str(self._path))
         _, network = network_of(model.pipe, edit)
         _check(network, edit)  # weights or adapters may have come since wrap()
         found = sites(network, self._plan(edit))
@@ -89,6 +89,13 @@ class Erase(Method):
         }
         return {path: [weaker[low] for low in maps] for path, maps in plan.items()}
 
+    def __eq__(self, other: object) -> bool:
+        """By the settings, wherever the recipe was read from."""
+        return isinstance(other, Erase) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash((self.file, self.strength))
+
     def located(self, folder: Path) -> Erase:
         """For a recipe file in `folder`.
 
@@ -97,30 +104,37 @@ class Erase(Method):
         """
         if self.file is None:
             return self
-        path = folder / self.file
-        if Path(self.file).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        if Path(self.file).is_absolute() or not (folder / self.file).resolve().is_relative_to(folder.resolve()):
             raise RecipeError(
                 f"erase.file: a recipe file can only name edits in its own folder or below (got {self.file!r}); put the "
                 "edit there, or build the recipe in Python."
             )
-        return self.model_copy(update={"file": str(path)})
+        found = self.model_copy()
+        found._folder = folder
+        return found
 
     def portable(self, folder: Path) -> Erase:
-        """As it is written to a recipe file in `folder`.
+        """As it is written to a recipe file in `folder`: names of files that exist become relative to it.
 
         Raises:
             RecipeError: the edit lies outside of it, so that the recipe could not be loaded.
         """
         if self.file is None:
             return self
-        try:
-            inside = Path(self.file).resolve().relative_to(folder.resolve())
-        except ValueError as error:
+        path, folder = self._path.resolve(), folder.resolve()
+        if path.is_relative_to(folder):
+            return self.model_copy(update={"file": path.relative_to(folder).as_posix()})
+        if path.exists() or Path(self.file).is_absolute() or ".." in Path(self.file).parts:
             raise RecipeError(
                 f"erase.file: a recipe file can only name edits in its own folder or below; save the recipe beside "
                 f"{self.file!r}."
-            ) from error
-        return self.model_copy(update={"file": inside.as_posix()})
+            )
+        return self  # a file that is not there yet
+
+    @property
+    def _path(self) -> Path:
+        assert self.file is not None
+        return self._folder / self.file
 
 
 class _Reader:
