@@ -2,6 +2,7 @@
 
 from diffaccel.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
 from diffaccel.methods.block_cache import BlockCache as BlockCache
+from diffaccel.methods.erase import Erase as Erase
 from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
 from diffaccel.methods.region_sampling import RegionSampling as RegionSampling
