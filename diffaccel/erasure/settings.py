@@ -18,10 +18,8 @@ CONTEXTS = (
     "a picture of the {}",
     "an image with {} in it",
     "{} in the background",
-    "a close-up of {} on a table",
     "a painting of {} and a tree",
     "two people next to {}",
-    "a small {} on the left",
 )
 
 
