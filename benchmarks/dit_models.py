@@ -22,7 +22,12 @@ SD3_MEDIUM: dict[str, Any] = {
     "pos_embed_max_size": 192,
 }
 FLUX_DEV: dict[str, Any] = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
-PIXART_ALPHA: dict[str, Any] = {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
+PIXART_ALPHA: dict[str, Any] = {
+    "sample_size": 128,
+    "num_layers": 28,
+    "caption_channels": 4096,
+    "use_additional_conditions": True,
+}
 HUNYUAN_DIT: dict[str, Any] = {
     "sample_size": 128,
     "num_layers": 40,

@@ -34,7 +34,7 @@ TINY: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 16,
     },
 }
-REAL_SIZE = {"sd3-medium": 2028, "flux-dev": 11901, "pixart-alpha": 605, "hunyuan-dit": 1517}  # millions of weights
+REAL_SIZE = {"sd3-medium": 2028, "flux-dev": 11901, "pixart-alpha": 611, "hunyuan-dit": 1517}  # millions of weights
 
 
 @pytest.fixture
