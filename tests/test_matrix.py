@@ -35,6 +35,7 @@ from diffaccel import (
     Unsupported,
 )
 from diffaccel.method import registry
+from diffaccel.methods import Erase
 from diffaccel.recipe import CONFLICTS
 
 # Settings that act in a run of nine steps. Sizes are given where timings would decide, so that nothing depends on load.
@@ -54,6 +55,8 @@ TRANSFORMERS_ONLY = {
     "region_sampling": RegionSampling(),
     "block_cache": BlockCache(),
 }
+# Saves nothing and needs a file for each pipeline: tests/test_erasure_apply.py.
+CHANGES_PICTURES = {"erase": Erase()}
 ALL = {
     "all with merging": [
         StepSchedule(fraction=0.9),
@@ -119,7 +122,7 @@ def truthful(fast, rows):
 
 
 def test_the_table_names_every_method():
-    assert set(METHODS) | set(TRANSFORMERS_ONLY) == set(registry())
+    assert set(METHODS) | set(TRANSFORMERS_ONLY) | set(CHANGES_PICTURES) == set(registry())
     assert all(not method.is_off for method in METHODS.values())
 
 

@@ -28,6 +28,7 @@ from diffaccel import (
     TokenMerging,
 )
 from diffaccel.method import registry
+from diffaccel.methods import Erase
 from diffaccel.recipe import CONFLICTS, build_method, resolve_recipe
 
 # No setting below has its default value.
@@ -63,6 +64,7 @@ UNUSUAL = (
     ),
     BlockCache(kind="mag", threshold=0.1, ratios=(1.0, 0.9), window=(math.inf, 0.1), max_hits=2, full_first=5),
     BlockCache(kind="taylor", interval=3, order=2, target="output", full_last=2, min_evaluations=12),
+    Erase(file="no-circle.safetensors", strength=0.5),
     StepReuse(threshold=0.03, max_skips=2, full_first=5, full_last=2, min_evaluations=12, allow_stochastic=True),
 )
 MORE = (SkipCache(schedule="late"), GuidanceInterval(low=0.3), AdaptiveGuidance(), TokenMerging(), SkipCache())
