@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffaccel.errors import Unsupported as Unsupported
     from diffaccel.methods import AdaptiveGuidance as AdaptiveGuidance
     from diffaccel.methods import BlockCache as BlockCache
+    from diffaccel.methods import Erase as Erase
     from diffaccel.methods import Forecast as Forecast
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
     from diffaccel.methods import RegionSampling as RegionSampling
@@ -56,6 +57,7 @@ _HOME = {
     "ResidualCache": "methods",
     "BlockCache": "methods",
     "Forecast": "methods",
+    "Erase": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",
     "StepReuse": "methods",

@@ -165,6 +165,24 @@ class Applied(seams.Residence):
             self.bases[path] = base
 
 
+def base_weight(network: nn.Module, path: str) -> Tensor:
+    """The weight (d_out, d_in) of a projection without any applied edit, on the CPU.
+
+    Raises:
+        Unsupported: there is none in fp32, fp16 or bf16, or something else changed it since an edit was applied.
+    """
+    applied = Applied.of(network)
+    if applied is not None:
+        return applied.base_now(network, path)[0]
+    weight = stored_weight(unwrapped(live(network, path)))
+    if weight is None:
+        raise Unsupported(
+            f"{path} has no weight in fp32, fp16 or bf16 (quantised, or not loaded); compute the edit on the plain model, "
+            "and apply it here with form='map'."
+        )
+    return weight.cpu()
+
+
 class _Guard:
     """Hook in front of the network."""
 
