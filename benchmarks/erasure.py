@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a checkout that is not installed
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.erasure_measure import Bench, measure
 from benchmarks.erasure_table import line, page
-from benchmarks.erasure_tasks import Task, concepts, keep_list, tasks
+from benchmarks.erasure_tasks import SIBLING, Keep, Task, concepts, keep_list, tasks, world_prompts
 from benchmarks.subjects import SUBJECTS
 from diffaccel.bench import machine
 from diffaccel.comparison import _json_value as json_value
@@ -37,7 +37,7 @@ from diffaccel.errors import DiffaccelError
 from diffaccel.miniatures import load_folder, load_judge, load_miniature, recommended_guidance
 from diffaccel.output import write_text
 
-METHODS = ("uce", "rece", "speed", "mace")
+METHODS = ("uce", "rece", "speed", "mace", "context")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Options:
     subject: str
     methods: list[str]
     concepts: list[str]
-    keep: str
+    keep: Keep
     synonyms: str
-    anchor: str | None
+    anchor: str
     set: list[str]
     label: str
     pictures: int
@@ -98,7 +98,12 @@ class Options:
 
     def key(self, method: str, task: Task) -> list[Any]:
         """What tells rows apart."""
-        return [self.subject, method, task.name, self.keep, self.synonyms, self.anchor, self.parameters(method)]
+        keep, parameters = self.keep_of(method), self.parameters(method)
+        return [self.subject, method, task.name, keep, self.synonyms, self.anchor, parameters]
+
+    def keep_of(self, method: str) -> Keep:
+        """What is preserved; "context" reads it from prompts."""
+        return "prompts" if method == "context" else self.keep
 
 
 def _json_or_text(text: str) -> Any:
@@ -199,7 +204,7 @@ def run(options: Options, results: Results) -> None:
 def one(bench: Bench, options: Options, method: str, task: Task) -> dict[str, Any]:
     """Erase, measure and undo."""
     edit, seconds = make_edit(bench.pipe, options, method, task)
-    kept = keep_list(task, options.keep)  # type: ignore[arg-type]
+    kept = keep_list(task, options.keep_of(method))
     row = measure(bench, edit, task, kept, options.attacks)
     return {
         "key": options.key(method, task),
@@ -221,13 +226,17 @@ def make_edit(pipe: Any, options: Options, method: str, task: Task) -> tuple[Any
     """The edit and the seconds it took."""
     from diffaccel.erasure.solve import erase
 
+    keep = options.keep_of(method)
+    # Everyday words are outside this world: they break into letters and would be preserved instead of its own words.
+    settings = ({"general": False} if keep == "prompts" else {}) | options.parameters(method)
     started = time.perf_counter()
     edit = erase(
         pipe,
         concepts(task, options.synonyms == "listed", options.anchor),
-        keep=keep_list(task, options.keep),  # type: ignore[arg-type]
+        keep=keep_list(task, keep),
+        prompts=world_prompts() if keep == "prompts" else (),
         method=method,
-        **options.parameters(method),
+        **settings,
     )
     return edit, time.perf_counter() - started
 
@@ -254,9 +263,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         default=["shapes", "colours", "textures", "joint"],
         help="shapes, colours, textures, joint, single words, or words joined with + that are erased together",
     )
-    parser.add_argument("--keep", default="words", choices=("words", "captions", "both", "half", "none"))
+    parser.add_argument("--keep", default="words", choices=get_args(Keep))
     parser.add_argument("--synonyms", default="listed", choices=("listed", "none"), help="whether erase is told them")
-    parser.add_argument("--anchor", help="what concepts are replaced by; default: the method's own")
+    parser.add_argument(
+        "--anchor",
+        default=SIBLING,
+        help='what concepts are replaced by; "" is the empty prompt; default: the next word of the same kind',
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="settings; METHOD may be all")
     parser.add_argument("--label", default="", help="name of these settings in the table")
     parser.add_argument(

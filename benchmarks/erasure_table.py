@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.erasure_tasks import SIBLING
 from diffaccel.bench import describe_machine
 
 Row = Mapping[str, Any]
@@ -48,9 +49,9 @@ def _conditions(rows: Sequence[Row]) -> str:
 def name(row: Row) -> str:
     """Method and what distinguishes its settings."""
     _, method, _, keep, synonyms, anchor, parameters = row["key"]
-    extras = [] if keep == "words" else [f"keep {keep}"]
+    extras = [] if keep == ("prompts" if method == "context" else "words") else [f"keep {keep}"]
     extras += [] if synonyms == "listed" else ["no synonyms"]
-    extras += [] if anchor is None else [f"anchor {anchor!r}"]
+    extras += [] if anchor == SIBLING else [f"anchor {anchor!r}"]
     extras += [row["label"]] if row["label"] else [f"{key} {value}" for key, value in parameters.items()]
     return f"{method} ({', '.join(extras)})" if extras else str(method)
 

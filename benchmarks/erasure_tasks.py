@@ -11,7 +11,9 @@ from diffaccel.erasure.probes import WORDS, Attributes, attributes, other_names,
 from diffaccel.miniatures import scenes
 from diffaccel.miniatures.scenes import COLOURS, SHAPES, TEXTURES, PromptCase, Scene, SceneObject, Statement
 
-Keep = Literal["words", "captions", "both", "half", "none"]
+Keep = Literal["words", "captions", "both", "half", "none", "prompts"]
+SIBLING = "sibling"  # the anchor is the next word of its kind that is not erased
+PROMPTS = 600  # of the keep list "prompts"
 JOINT = ("circle+star", "circle+star+heart+square")
 GROUPS: dict[str, tuple[str, ...]] = {"shapes": SHAPES, "colours": COLOURS, "textures": TEXTURES, "joint": JOINT}
 CAPTIONS = 200  # of the keep list "captions"
@@ -49,22 +51,37 @@ def tasks(chosen: Sequence[str]) -> list[Task]:
     return [Task(name) for name in dict.fromkeys(names)]
 
 
-def concepts(task: Task, synonyms: bool, anchor: str | None) -> list[Any]:
+def concepts(task: Task, synonyms: bool, anchor: str) -> list[Any]:
     """What `erase` is asked for: the words, with the world's synonyms at full weight or without them."""
     from diffaccel.erasure.concepts import Concept
 
-    settings: dict[str, Any] = {} if anchor is None else {"anchor": anchor}
     return [
-        Concept(target=word, synonyms=tuple((name, 1.0) for name in other_names(word)) if synonyms else (), **settings)
+        Concept(
+            target=word,
+            synonyms=tuple((name, 1.0) for name in other_names(word)) if synonyms else (),
+            anchor=_sibling(word, task) if anchor == SIBLING else anchor,
+        )
         for word in task.targets
     ]
+
+
+def _sibling(word: str, task: Task) -> str:
+    erased = {item for target in task.targets for item in attributes(target)}
+    return next(name for name in siblings(word) if not set(attributes(name)) & erased)
+
+
+def world_prompts() -> list[str]:
+    """Prompts of the kind that the model gets: captions of training scenes, the same for every task."""
+    rng = random.Random(6)
+    return [scenes.caption(scene, rng) for scene in (scenes.training_scene(rng) for _ in range(PROMPTS))]
 
 
 def keep_list(task: Task, keep: Keep) -> list[str]:
     """Texts to preserve.
 
     words: every other word of the world; half: the same, without every second sibling of what is erased (those remain
-    unlisted neighbours); captions: 200 training captions about other things; both: words and captions.
+    unlisted neighbours); captions: 200 training captions about other things; both: words and captions; prompts: nothing,
+    since `world_prompts` say what to preserve.
     """
     erased = {item for word in task.targets for item in attributes(word)}
     unlisted = {name for word in task.targets for name in siblings(word)[::2]} if keep == "half" else set()

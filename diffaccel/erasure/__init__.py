@@ -13,6 +13,7 @@ from diffaccel.erasure.settings import MACE as MACE
 from diffaccel.erasure.settings import RECE as RECE
 from diffaccel.erasure.settings import SPEED as SPEED
 from diffaccel.erasure.settings import UCE as UCE
+from diffaccel.erasure.settings import Context as Context
 from diffaccel.erasure.settings import Settings as Settings
 from diffaccel.erasure.solve import WeakErasure as WeakErasure
 from diffaccel.erasure.solve import erase as erase

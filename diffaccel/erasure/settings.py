@@ -161,7 +161,28 @@ class MACE(UCE):
     ridge: Positive = 0.1
 
 
-METHODS: dict[str, type[Settings]] = {cls.method: cls for cls in (UCE, RECE, SPEED, MACE)}
+class Context(UCE):
+    """Ridge regression on whole prompts: the form of UCE, on all the rows that carry a concept and all that must not move.
+
+    In a causal text encoder every row after a word carries it, paddings included, and in another sentence a word has other
+    rows. UCE, RECE and SPEED regress on a few rows of short phrases and miss these; MACE takes the surroundings, but not
+    the phrase. Here every row of every context, the phrase included, goes to its counterpart with the anchor, every row
+    of the other prompts stays, and both sides weigh the same. Best with `prompts` of the kind that the model gets.
+
+    Attributes:
+        erase_weight: how much the concepts' rows weigh against the preserved ones, all together; 1 is the same.
+    """
+
+    method: ClassVar[str] = "context"
+
+    templates: tuple[str, ...] = CONTEXTS
+    tokens: Policy = "all"
+    keep_tokens: Policy = "all"
+    paddings: Annotated[int, Field(ge=0)] | None = 8
+    ridge: Positive = 0.1
+
+
+METHODS: dict[str, type[Settings]] = {cls.method: cls for cls in (UCE, RECE, SPEED, MACE, Context)}
 
 
 def settings_of(method: str | Settings, given: dict[str, Any]) -> Settings:

@@ -19,6 +19,7 @@ from diffaccel.erasure.concepts import Concept, ConceptList, ErasureError, menti
 from diffaccel.erasure.edit import Edit, EditedModule, TextMap
 from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.problem import Problem, Scale, base_of
+from diffaccel.erasure.prompts import sort_prompts
 from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, require_encoders
 from diffaccel.erasure.settings import Settings, settings_of
 from diffaccel.erasure.solvers import SOLVERS
@@ -37,6 +38,7 @@ def erase(
     *,
     keep: Sequence[str] = (),
     anchor: str | None = None,
+    prompts: Sequence[str] = (),
     method: str | Settings = "speed",
     **settings: Any,
 ) -> Edit:
@@ -47,8 +49,10 @@ def erase(
         concepts: texts, `Concept` objects (with synonyms and anchors) or a `ConceptList`; erased jointly, in any order.
         keep: texts to preserve, beside the bundled everyday words.
         anchor: what to draw instead, for concepts without an anchor of their own; None or "" is the empty prompt.
-        method: "uce", "rece", "speed" or "mace", or a settings object of `diffaccel.erasure`.
-        **settings: of the method, see `diffaccel.erasure.UCE`, `RECE`, `SPEED` and `MACE`.
+        prompts: texts of the kind that the model gets. Those that name a concept take the place of the method's templates,
+            those that name none are preserved.
+        method: "uce", "rece", "speed", "mace" or "context", or a settings object of `diffaccel.erasure`.
+        **settings: of the method, see `diffaccel.erasure.UCE`, `RECE`, `SPEED`, `MACE` and `Context`.
 
     Raises:
         ErasureError: contradictory or unusable concepts or settings; a null space that is empty.
@@ -62,13 +66,15 @@ def erase(
         keep, anchor = [*keep, *concepts.keep], concepts.anchor if anchor is None else anchor
         concepts = concepts.concepts
     settled, kept = settle(concepts, keep, anchor)
+    sorted_prompts = sort_prompts(prompts, settled)
+    chosen = _with_templates(chosen, sorted_prompts.templates)
     routes = find_routes(pipe)
     for route in routes:
         require_encoders(pipe, route)
     _refuse_needless_choice(chosen, routes)
-    protected = _protected(settled, kept, chosen)
+    protected = _protected(settled, (*kept, *sorted_prompts.others), chosen)
     maps: list[TextMap] = []
-    diagnostics: dict[str, Any] = {}
+    diagnostics: dict[str, Any] = {"prompts": sorted_prompts.counts()} if prompts else {}
     for route in routes:
         if route.name == "pooled" and not chosen.pooled:
             continue
@@ -92,6 +98,14 @@ def _refuse_needless_choice(chosen: Settings, routes: tuple[Route, ...]) -> None
     choice = any(projection.reader.role != "both" for route in routes for projection in route.projections)
     if not choice and "projections" in chosen.model_fields_set:
         raise Unsupported("this denoiser reads its text by one projection, so there is no choice of keys or values.")
+
+
+def _with_templates(chosen: Settings, templates: tuple[str, ...]) -> Settings:
+    if not templates:
+        return chosen
+    if "templates" in chosen.model_fields_set:
+        raise ErasureError("give templates, or prompts that name the concepts, but not both.")
+    return chosen.model_copy(update={"templates": tuple(sorted(templates))})
 
 
 def _protected(concepts: Sequence[Concept], kept: Sequence[str], chosen: Settings) -> tuple[str, ...]:

@@ -16,13 +16,22 @@ from diffaccel.erasure import closed_forms as forms
 from diffaccel.erasure.closed_forms import Columns, LowRank
 from diffaccel.erasure.concepts import ErasureError
 from diffaccel.erasure.problem import Problem
-from diffaccel.erasure.settings import MACE, RECE, SPEED, UCE, Settings
+from diffaccel.erasure.settings import MACE, RECE, SPEED, UCE, Context, Settings
 
 
 def _uce(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
     columns = _weighted(problem.columns, chosen)
     ridge = _ridge(columns, chosen)
     return _ridge_solve(columns, ridge, chosen), {"ridge": ridge}
+
+
+def _context(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
+    """UCE with both sides at the same total weight, however many rows each has."""
+    columns, kept = problem.columns, problem.columns.keep.shape[1]
+    balance = chosen.keep_weight * kept / float(columns.weights.sum()) if kept else 1.0
+    balanced = replace(problem, columns=replace(columns, weights=columns.weights * balance))
+    edit, found = _uce(balanced, chosen)
+    return edit, found | {"row_weight": chosen.erase_weight * balance}
 
 
 def _rece(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
@@ -120,4 +129,5 @@ SOLVERS: dict[type[Settings], Solver] = {
     RECE: _rece,
     SPEED: _speed,
     MACE: _uce,
+    Context: _context,
 }
