@@ -228,15 +228,14 @@ def make_edit(pipe: Any, options: Options, method: str, task: Task) -> tuple[Any
 
     keep = options.keep_of(method)
     # Everyday words are outside this world: they break into letters and would be preserved instead of its own words.
-    settings = ({"general": False} if keep == "prompts" else {}) | options.parameters(method)
+    settings: dict[str, Any] = {"general": False, "prompts": world_prompts()} if keep == "prompts" else {}
     started = time.perf_counter()
     edit = erase(
         pipe,
         concepts(task, options.synonyms == "listed", options.anchor),
         keep=keep_list(task, keep),
-        prompts=world_prompts() if keep == "prompts" else (),
         method=method,
-        **settings,
+        **settings | options.parameters(method),
     )
     return edit, time.perf_counter() - started
 

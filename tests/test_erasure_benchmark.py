@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import erasure, erasure_measure, erasure_table
-from benchmarks.erasure_tasks import Task, concepts, erased_cases, keep_list, named, pool, shown, tasks
+from benchmarks.erasure_tasks import Task, concepts, erased_cases, keep_list, named, pool, shown, tasks, world_prompts
 from diffaccel.erasure.probes import MEANINGS, attributes
 from diffaccel.errors import Unsupported
 from diffaccel.miniatures.scenes import COLOUR_WORDS, SHAPE_WORDS, SHAPES, TEXTURE_WORDS
@@ -72,6 +72,19 @@ def test_concepts_know_the_synonyms_if_asked() -> None:
         ("star", (), "shape"),
     ]
     assert [c.synonyms for c in untold] == [(), ()]
+
+
+def test_anchors_are_siblings_that_stay() -> None:
+    found = concepts(Task("circle+star+square"), False, "sibling")
+    assert len({c.anchor for c in found} & {"circle", "star", "square"}) == 0
+    assert all(attributes(c.anchor)[0][0] == "shape" for c in found)
+    assert concepts(Task("red"), False, "sibling")[0].anchor == "green"
+    assert concepts(Task("red"), False, "")[0].anchor == ""
+
+
+def test_prompts_are_the_same_for_every_task() -> None:
+    assert world_prompts() == world_prompts()
+    assert sum("circle" in prompt for prompt in world_prompts()) > 20
 
 
 # -- a whole run with a stand-in that silences the text ------------------------------------------------------------------
@@ -190,7 +203,7 @@ def row(
         }
     )
     return {
-        "key": ["shapes-sd", method, task, "words", "listed", None, {}],
+        "key": ["shapes-sd", method, task, "words", "listed", "sibling", {}],
         "subject": "shapes-sd",
         "label": "",
         "task": task,
