@@ -76,6 +76,16 @@ def test_what_is_no_list_of_prompts_is_refused(pipe, prompts):
         diffaccel.erase(pipe, [CIRCLE], prompts=prompts, method="context")
 
 
+def test_an_anchor_is_needed(pipe):
+    with pytest.raises(ErasureError, match="context needs an anchor, something to draw instead of 'circle'; name one"):
+        diffaccel.erase(pipe, ["circle"], prompts=["a circle"], method="context")
+
+
+def test_templates_and_prompts_exclude_each_other(pipe):
+    with pytest.raises(ErasureError, match="give templates, or prompts that name the concepts, but not both"):
+        diffaccel.erase(pipe, [CIRCLE], prompts=["a circle"], method="context", templates=("a {}",))
+
+
 def test_prompts_about_other_things_only(pipe):
     """They are preserved, and the contexts are the method's own."""
     found = diffaccel.erase(pipe, [CIRCLE], prompts=["a blue star", "a red heart"], method="context", general=False)

@@ -28,27 +28,35 @@ def test_python_blocks_run(code, tmp_path):
 
 
 @pytest.mark.parametrize("code", blocks("json"))
-def test_recipe_blocks_are_valid(code, tmp_path):
+def test_json_blocks_are_recipes_or_concept_files(code, tmp_path):
     from diffaccel import Recipe
+    from diffaccel.erasure import read_concepts
+    from diffaccel.erasure.concepts import settle
 
-    (tmp_path / "recipe.json").write_text(code)
-    assert Recipe.load(tmp_path / "recipe.json").methods
+    file = tmp_path / "block.json"
+    file.write_text(code)
+    if '"concepts"' in code:
+        found = read_concepts(file)
+        assert settle(found.concepts, found.keep, found.anchor)
+    else:
+        assert Recipe.load(file).methods
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "methods", "evidence", "versions"))]
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "methods", "models", "erasure", "evidence", "versions"))]
 )
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
 
 
-def test_commands_named_in_the_readme_exist():
+def test_commands_named_in_the_pages_exist():
     from typer.testing import CliRunner
 
     from diffaccel.cli import app
 
-    text = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    pages = [ROOT / "README.md", ROOT / "docs" / "erasure.md"]
+    text = "".join("".join(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)) for page in pages)
     commands = re.findall(r"^diffaccel (\w+)(.*?)(?:&&|$)", text, re.MULTILINE)
     targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
     assert commands

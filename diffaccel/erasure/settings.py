@@ -167,7 +167,8 @@ class Context(UCE):
     In a causal text encoder every row after a word carries it, paddings included, and in another sentence a word has other
     rows. UCE, RECE and SPEED regress on a few rows of short phrases and miss these; MACE takes the surroundings, but not
     the phrase. Here every row of every context, the phrase included, goes to its counterpart with the anchor, every row
-    of the other prompts stays, and both sides weigh the same. Best with `prompts` of the kind that the model gets.
+    of the other prompts stays, and both sides weigh the same. Needs an anchor. Best with `prompts` of the kind that the
+    model gets, and without the general list if these are about a small world of their own.
 
     Attributes:
         erase_weight: how much the concepts' rows weigh against the preserved ones, all together; 1 is the same.

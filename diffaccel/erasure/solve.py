@@ -21,7 +21,7 @@ from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.problem import Problem, Scale, base_of
 from diffaccel.erasure.prompts import sort_prompts
 from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, require_encoders
-from diffaccel.erasure.settings import Settings, settings_of
+from diffaccel.erasure.settings import Context, Settings, settings_of
 from diffaccel.erasure.solvers import SOLVERS
 from diffaccel.errors import Unsupported
 
@@ -66,6 +66,7 @@ def erase(
         keep, anchor = [*keep, *concepts.keep], concepts.anchor if anchor is None else anchor
         concepts = concepts.concepts
     settled, kept = settle(concepts, keep, anchor)
+    _refuse_nothing_instead(chosen, settled)
     sorted_prompts = sort_prompts(prompts, settled)
     chosen = _with_templates(chosen, sorted_prompts.templates)
     routes = find_routes(pipe)
@@ -98,6 +99,13 @@ def _refuse_needless_choice(chosen: Settings, routes: tuple[Route, ...]) -> None
     choice = any(projection.reader.role != "both" for route in routes for projection in route.projections)
     if not choice and "projections" in chosen.model_fields_set:
         raise Unsupported("this denoiser reads its text by one projection, so there is no choice of keys or values.")
+
+
+def _refuse_nothing_instead(chosen: Settings, concepts: Sequence[Concept]) -> None:
+    """The counterpart of a whole sentence would be the empty prompt, and all that it says would go with the concept."""
+    for concept in concepts:
+        if isinstance(chosen, Context) and not concept.anchor:
+            raise ErasureError(f"context needs an anchor, something to draw instead of {concept.target!r}; name one.")
 
 
 def _with_templates(chosen: Settings, templates: tuple[str, ...]) -> Settings:
