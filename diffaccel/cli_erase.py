@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from enum import StrEnum
@@ -38,6 +39,7 @@ class Method(StrEnum):
     uce = "uce"
     rece = "rece"
     mace = "mace"
+    context = "context"
 
 
 def erase(
@@ -51,6 +53,15 @@ def erase(
     keep: Annotated[list[str] | None, typer.Option("--keep", "-k", help="What must stay; repeatable.")] = None,
     anchor: Annotated[str | None, typer.Option(help="What takes its place; default: nothing in particular.")] = None,
     method: Annotated[Method, typer.Option(help="How to erase.")] = Method.speed,
+    prompt_list: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Text file: prompts of the kind that the model gets, one a line."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Setting of the method; repeatable.")
+    ] = None,
     model: Model = "shapes-sd",
     output: Output = Path("out"),
     overwrite: Overwrite = False,
@@ -69,12 +80,15 @@ def erase(
     debug: Debug = False,
 ) -> None:
     """Erase concepts: write a small edit file for apply_edit, and with --prove what it does."""
+    from diffaccel.erasure.settings import settings_of
     from diffaccel.erasure.solve import WeakErasure
     from diffaccel.erasure.solve import erase as compute
     from diffaccel.loading import default_guidance, load_pipeline
     from diffaccel.output import OutputFolder
 
     request = _request(concepts or [], file, keep or [], anchor)
+    request["prompts"] = [] if prompt_list is None else _lines(prompt_list)
+    chosen = settings_of(method.value, _settings(setting or []))
     folder = OutputFolder(output, overwrite)
     target = folder.claim(_file_name(request["concepts"]))
     if prove:
@@ -84,7 +98,7 @@ def erase(
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeakErasure)
-        edit = compute(pipe, **request, method=method.value)
+        edit = compute(pipe, **request, method=chosen)
     _print_edit(edit, time.perf_counter() - started)
     for warning in caught:
         typer.echo(f"warning: {warning.message}")
@@ -125,6 +139,27 @@ def _request(concepts: list[str], file: Path | None, keep: list[str], anchor: st
         "keep": [*found.keep, *keep],
         "anchor": found.anchor if anchor is None else anchor,
     }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{path} is not a text file in UTF-8.") from None
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """name=value, the value as JSON or else as text."""
+    found: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{item!r} is no setting; write --set NAME=VALUE.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _file_name(concepts: list[Any]) -> str:

@@ -156,3 +156,28 @@ def test_file_names_are_harmless(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["no-x-y.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_prompts_and_settings(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat here\n\na fox there\n")
+    common = ("--method", "context", "--anchor", "pet", "-m", folder, "--prompt-list", tmp_path / "prompts.txt")
+    result = run("cat", *common, "--set", "general=false", "--set", "ridge=0.3", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = load_edit(tmp_path / "out" / "no-cat.safetensors")
+    assert (found.method, found.parameters["ridge"], found.parameters["general"]) == ("context", 0.3, False)
+    assert list(found.parameters["templates"]) == ["a {} here"]
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("rdige=1", "rdige"), ("ridge=-1", "greater than 0"), ("tokens=some", "tokens")],
+)
+def test_wrong_settings_are_refused_before_loading(tmp_path: Path, setting: str, words: str) -> None:
+    assert_refused(run("cat", "--method", "uce", "--set", setting, "-o", tmp_path), "uce", words)
+
+
+def test_settings_need_a_value(tmp_path: Path) -> None:
+    result = run("cat", "--set", "ridge", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "is no setting" in result.output
