@@ -43,7 +43,8 @@ def test_json_blocks_are_recipes_or_concept_files(code, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "methods", "models", "erasure", "evidence", "versions"))]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("index", "methods", "models", "erasure", "evidence", "versions"))],
 )
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
