@@ -212,8 +212,9 @@ def markdown(result: dict[str, Any]) -> str:
     ways = "alternating; medians, range in brackets. Random weights; no text encoder, no decoder."
     side = settings["size"]
     memory = any(row["peak_bytes"] for row in result["variants"])
+    compiled = ", repeated blocks compiled by inductor" if settings.get("compile") else ""
     lines = [
-        f"## {result['model']}, {depth}, {side} x {side}, batch {settings['batch']}, {settings['dtype']}",
+        f"## {result['model']}, {depth}, {side} x {side}, batch {settings['batch']}, {settings['dtype']}{compiled}",
         "",
         f"{describe_machine(facts)}{others}. Attention: {facts['backend']}. {clock}, {settings['repeats']} repetitions, {ways}",
         "",

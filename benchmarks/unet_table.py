@@ -11,8 +11,9 @@ from diffaccel.bench import describe_machine
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page section."""
     settings, decode = result["settings"], result["decode_seconds"]["median"]
+    compiled = ", repeated blocks compiled by inductor" if settings.get("compile") else ""
     lines = [
-        f"## {result['model']}, {settings['size']} x {settings['size']}, batch {settings['batch']}, {settings['dtype']}",
+        f"## {result['model']}, {settings['size']} x {settings['size']}, batch {settings['batch']}, {settings['dtype']}{compiled}",
         "",
         _conditions(result, decode),
         "",

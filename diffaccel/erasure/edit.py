@@ -13,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +109,8 @@ class TextMap:
     """
 
     route: str
-    left: Tensor
-    right: Tensor
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
     modules: tuple[EditedModule, ...]
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Edit:
     """What `erase` computes. Two edits are equal if their digests are.
 
     Attributes:
-        method: "uce", "rece", "speed" or "mace".
+        method: "uce", "rece", "speed", "mace" or "context".
         concepts: what is erased.
         keep: what was to stay.
         parameters: settings of the method (as JSON holds them).
@@ -190,6 +190,9 @@ class Edit:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"<Edit: {self}>"
 
     def __str__(self) -> str:
         """ "erasing 'circle', 'disc' (speed)": how messages name it."""
