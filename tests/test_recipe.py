@@ -63,6 +63,7 @@ UNUSUAL = (
         allow_stochastic=True,
     ),
     BlockCache(kind="mag", threshold=0.1, ratios=(1.0, 0.9), window=(math.inf, 0.1), max_hits=2, full_first=5),
+    BlockCache(kind="dual_block", threshold=0.12, first_blocks=4, last_blocks=2, max_hits=3, full_first=8),
     BlockCache(kind="taylor", interval=3, order=2, target="output", full_last=2, min_evaluations=12),
     Erase(file="no-circle.safetensors", strength=0.5),
     StepReuse(threshold=0.03, max_skips=2, full_first=5, full_last=2, min_evaluations=12, allow_stochastic=True),

@@ -1,7 +1,8 @@
 """Block cache: the caches that diffusers itself ships, where they truly run, with what they need and their pipelines forget.
 
 First Block Cache (ParaAttention, after TeaCache, arXiv 2411.19108), MagCache (arXiv 2506.09045), TaylorSeer (arXiv
-2503.06923) and Pyramid Attention Broadcast (arXiv 2408.12588). The rule and what is reused are diffusers'. This file opens
+2503.06923) and Pyramid Attention Broadcast (arXiv 2408.12588); and the one of cache-dit where that is installed
+(block_cache_dit.py). The rule and what is reused are diffusers' and cache-dit's. This file opens
 the cache context of every guidance branch, gives the step index and the number of steps, keeps a state per network call,
 forces full evaluations (warm-up, cap on hits, changed inputs) and sees by the modules that ran whether a call was a hit.
 Hooks exist only while a run lasts; afterwards the network is as it was, whatever diffusers leaves behind.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -22,6 +24,8 @@ from torch import nn
 from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger, count_flops
 from diffaccel.method import Method, register
+from diffaccel.methods import block_cache_dit
+from diffaccel.methods.block_cache_dit import DualBlockCache, StackWatch
 from diffaccel.methods.cache_plan import Seen, warn_few
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap
@@ -29,16 +33,18 @@ from diffaccel.models.transformers import TransformerLayout
 from diffaccel.run import Call, Layer, Proceed, Run
 from diffaccel.seams import Seams
 
-Kind = Literal["first_block", "mag", "taylor", "pyramid"]
+Kind = Literal["first_block", "mag", "taylor", "pyramid", "dual_block"]
 Target = Literal["attention", "output"]
 
 # Settings that only some kinds have, with the value each of these kinds takes for None.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "threshold": {"first_block": 0.05, "mag": 0.06},
+    "threshold": {"first_block": 0.05, "mag": 0.06, "dual_block": 0.08},
     "interval": {"taylor": 5, "pyramid": 2},
     "ratios": {"mag": None},
     "order": {"taylor": 1},
     "target": {"taylor": "attention"},
+    "first_blocks": {"dual_block": 8},
+    "last_blocks": {"dual_block": 0},
 }
 # Names under which diffusers 0.42 registers the hooks of each kind.
 _HOOKS: dict[str, tuple[str, ...]] = {
@@ -53,32 +59,40 @@ _MARKS = ("forward", "_diffusers_hook", "_cache_config")  # attributes that diff
 
 @register
 class BlockCache(Method):
-    """One of diffusers' own caches for diffusion transformers. Off: threshold 0 (first_block, mag), interval 1 (others).
+    """One of diffusers' own caches for diffusion transformers, or cache-dit's. Off: threshold 0, or interval 1.
 
     Attributes:
         kind: "first_block": the first block runs; the others are skipped if its residual changed little since the last
             full evaluation. "mag": all blocks are skipped while the error that known magnitude ratios predict is small.
             "taylor": module outputs are extrapolated over steps. "pyramid": attention outputs are used several times.
+            "dual_block": cache-dit's DBCache (pip install cache-dit): as first_block, with `first_blocks` blocks before
+            and `last_blocks` behind those that are skipped, where diffusers has no caches too.
         threshold: first_block: relative change of the first residual, default 0.05. mag: accumulated error, default 0.06.
+            dual_block: as first_block, default 0.08; from 1 on cache-dit takes every evaluation for similar.
         interval: taylor: one full evaluation in so many, default 5. pyramid: attentions run on one in so many, default 2.
         ratios: mag: magnitude ratios of the checkpoint, one per step of some run ("flux" for those of FLUX.1 in
             diffusers); stretched to this run's evaluations. diffusers' MagCacheConfig(calibrate=True) measures them.
         order: taylor: degree of the series, default 1.
         target: taylor: "attention" keeps every attention output; "output" the last layer only, and no block runs.
+        first_blocks: dual_block: so many blocks of a stack run always and decide, default 8.
+        last_blocks: dual_block: so many blocks at the end of a stack run always, default 0.
         window: (high, low) EDM sigma; hits only while low <= sigma <= high.
         max_hits: after so many hits in a row a full evaluation is forced.
         full_first, full_last: evaluations at the start and end of the run that are always full.
         min_evaluations: shorter runs are not cached (few-step models lose their picture); a warning and the report say so.
-    Everything is decided and kept per network call (separate guidance branches by themselves). A full evaluation is forced
+    dual_block decides for every stack of blocks that cache-dit sees; a call in which only some of them have a hit counts
+    as "partial". Everything is decided and kept per network call (separate guidance branches by themselves). A full evaluation is forced
     also when prompt embeddings, guidance rows, adapters or the picture size change, and after a branch was left out.
 
-    What runs (measured on every family by tests/test_block_cache.py; everything else is refused with the reason):
+    What runs (measured on every family by tests/test_block_cache.py and tests/test_block_cache_dit.py; everything else is refused with the reason):
 
     first_block: flux, qwen-image, cogview4, wan, cogvideox
     mag: flux, flux2, qwen-image, cogview4, wan, cogvideox
     taylor, attention: flux, flux2, qwen-image
     taylor, output: flux, flux2, qwen-image, cogview4, wan, cogvideox
     pyramid: flux, flux2, qwen-image, cogview4, wan, cogvideox
+    dual_block: sd3, flux, flux2, pixart, lumina-next, lumina2, auraflow, sana, qwen-image, z-image, cogview4, wan, cogvideox
+    (on auraflow the single blocks only)
     """
 
     name: ClassVar[str] = "block_cache"
@@ -90,6 +104,8 @@ class BlockCache(Method):
     ratios: tuple[float, ...] | Literal["flux"] | None = None
     order: int | None = Field(default=None, ge=0, le=3)
     target: Target | None = None
+    first_blocks: int | None = Field(default=None, ge=1)
+    last_blocks: int | None = Field(default=None, ge=0)
     window: tuple[float, float] | None = None
     max_hits: int = Field(default=4, ge=1)
     full_first: int = Field(default=3, ge=1)
@@ -129,15 +145,28 @@ class BlockCache(Method):
         model.transformer(self.name)
         for network, layout in model.denoisers:
             assert isinstance(layout, TransformerLayout)
-            _refuse_unfit(self, network, layout)
+            if self.kind == "dual_block":
+                block_cache_dit.refuse_unfit(self, model.pipe, network, layout)
+            else:
+                _refuse_unfit(self, network, layout)
         if model.controlnets and self.kind in ("first_block", "mag"):
             raise Unsupported(
                 f"block_cache: on a hit of {self.kind} the residuals of a ControlNet would be added a second time; use "
                 "ResidualCache."
             )
+        if model.controlnets and self.kind == "dual_block":
+            raise Unsupported(
+                "block_cache: under dual_block the residuals of a ControlNet would be added behind all blocks at once; "
+                "use ResidualCache."
+            )
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        caches = {id(network): _install(self, network, layout, seams) for network, layout in model.denoisers}
+        caches: dict[int, _Cache | DualBlockCache] = {
+            id(network): block_cache_dit.install(self, model.pipe, network, seams)
+            if self.kind == "dual_block"
+            else _install(self, network, layout, seams)
+            for network, layout in model.denoisers
+        }
         plan = _Plan(self, caches, [AdapterProbe(network) for network, _ in model.denoisers], run)
         run.ledger = _OutcomeLedger(run.ledger, plan)
         run.before_evaluation(Layer.SKIP, plan.begin)
@@ -224,6 +253,23 @@ class _Watch:
 
         return forward
 
+    def counting(self) -> AbstractContextManager[None]:
+        """Nothing is counted by itself."""
+        return nullcontext()
+
+    def knows(self, known: dict[Hashable, int], key: Hashable) -> bool:
+        """Whether both a full call of this kind and a hit have been counted."""
+        return key in known and (key, "hit") in known
+
+    def cost(self, known: dict[Hashable, int], key: Hashable) -> int:
+        """FLOPs of the call that just ended."""
+        return known[key if self.ran else (key, "hit")]
+
+    def remember(self, known: dict[Hashable, int], key: Hashable, flops: int) -> None:
+        """Learn from a counted call."""
+        if self.ran in (0, self.total):
+            known[key if self.ran else (key, "hit")] = flops
+
 
 @dataclass
 class _Cache:
@@ -235,6 +281,13 @@ class _Cache:
     watch: _Watch
     allowed: list[bool]  # one element, which pyramid's timestep callback reads
     states: dict[Hashable, list[Any]] = field(default_factory=dict)  # pyramid, which knows no contexts
+
+    def opened(self, call: Call, lane: str, run: Run) -> AbstractContextManager[Any]:
+        """diffusers' context of the lane."""
+        context: AbstractContextManager[Any] = self.network.cache_context(
+            lane, step_index=run.clock.evaluation, num_inference_steps=run.clock.total
+        )
+        return context
 
     def prepare(self, config: BlockCache, lane: str, run: Run, *, full: bool, forget: bool) -> None:
         """Inside the lane's context: state, step index, and whether the next call must be full."""
@@ -371,11 +424,13 @@ class _Lane:
 class _Plan:
     """Opens contexts, forces full evaluations and counts what really happened."""
 
-    def __init__(self, config: BlockCache, caches: dict[int, _Cache], probes: list[AdapterProbe], run: Run) -> None:
+    def __init__(
+        self, config: BlockCache, caches: dict[int, _Cache | DualBlockCache], probes: list[AdapterProbe], run: Run
+    ) -> None:
         self.config, self.caches, self.probes, self.run = config, caches, probes, run
         self.lanes: dict[Hashable, _Lane] = {}
         self.adapters: Any = None
-        self.current: _Cache | None = None
+        self.current: _Cache | DualBlockCache | None = None
         self.undecided = False
 
     def begin(self) -> None:
@@ -394,7 +449,7 @@ class _Plan:
             run.count(self.config.name, **{"forced by inputs": 1})
         full = not (may_hit and usable)
         lane = f"diffaccel {call.lane[1]}"
-        with cache.network.cache_context(lane, step_index=run.clock.evaluation, num_inference_steps=run.clock.total):
+        with cache.opened(call, lane, run):
             cache.prepare(self.config, lane, run, full=full, forget=not usable)
             self.current, self.undecided = cache, not full
             try:
@@ -415,7 +470,7 @@ class _Plan:
             return False
         return config.window is None or config.window[1] <= clock.sigma <= config.window[0]
 
-    def _count(self, call: Call, watch: _Watch, known: _Lane | None) -> None:
+    def _count(self, call: Call, watch: _Watch | StackWatch, known: _Lane | None) -> None:
         """What ran tells what the call was."""
         config, branches = self.config, "+".join(call.branches) or f"call {call.lane[1]}"
         outcome = "hits" if watch.ran == 0 else "full" if watch.ran == watch.total else "partial"
@@ -428,8 +483,8 @@ class _Plan:
             known.evaluation, known.hits = self.run.clock.evaluation, known.hits + 1
         else:
             self.lanes[call.lane] = _Lane(Seen.of(call), self.run.clock.evaluation)
-        if config.kind == "first_block" and (self.run.images or 1) > 1:
-            self.run.note("block_cache: first_block decides for the whole batch at once, so pictures depend on it.")
+        if config.kind in ("first_block", "dual_block") and (self.run.images or 1) > 1:
+            self.run.note(f"block_cache: {config.kind} decides for the whole batch at once, so pictures depend on it.")
 
     def sum_up(self) -> None:
         """A run without a hit says so."""
@@ -444,15 +499,14 @@ class _OutcomeLedger(FlopLedger):
         self._known, self._plan = ledger._known, plan
 
     def count(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
-        """As in the base class; counts until both a full call of this kind and a hit have been counted."""
+        """As in the base class; counts until the cost of every outcome is known."""
         cache = self._plan.current
-        if cache is None or not self._plan.undecided:
+        if cache is None or (key in self._known and not self._plan.undecided):
             return super().count(key, function)
-        hit = (key, self._plan.config.kind, self._plan.config.target)
-        if key in self._known and hit in self._known:
+        if self._plan.undecided and cache.watch.knows(self._known, key):
             result = function()
-            return result, self._known[key if cache.watch.ran else hit]
-        result, flops = count_flops(function)
-        if cache.watch.ran in (0, cache.watch.total):
-            self._known[key if cache.watch.ran else hit] = flops
+            return result, cache.watch.cost(self._known, key)
+        with cache.watch.counting():
+            result, flops = count_flops(function)
+        cache.watch.remember(self._known, key, flops)
         return result, flops
