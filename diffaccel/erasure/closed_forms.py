@@ -194,10 +194,16 @@ def influential(columns: Columns, gram: Tensor, candidates: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.bool)
     target = columns.target
     left = columns.anchor - target
-    inner = target.T @ target
-    inner.diagonal().add_(1.0)
-    right = torch.cholesky_solve(target.T @ candidates, torch.linalg.cholesky(inner))
-    effect = ((left.T @ gram @ left) @ right * right).sum(0).clamp(min=0).sqrt()
+    if target.shape[1] < target.shape[0]:
+        inner = target.T @ target
+        inner.diagonal().add_(1.0)
+        right = torch.cholesky_solve(target.T @ candidates, torch.linalg.cholesky(inner))
+        change = left @ right
+    else:  # the same by the other side: C^T (I + C C^T)^-1 = (I + C^T C)^-1 C^T
+        outer = target @ target.T
+        outer.diagonal().add_(1.0)
+        change = left @ target.T @ torch.cholesky_solve(candidates, torch.linalg.cholesky(outer))
+    effect = (gram @ change * change).sum(0).clamp(min=0).sqrt()
     above: Tensor = effect > effect.mean()
     return above
 
@@ -292,11 +298,17 @@ def null_edit(columns: Columns, space: NullSpace, ridge: float) -> LowRank:
 
     L = C* - C, R = (c^T c + ridge diag(w)^-1)^-1 c^T with c = P C, P the projector on the null space.
     """
-    seen = space.project(columns.target)
-    inner = seen.T @ seen
-    inner = (inner + inner.T) / 2
-    inner.diagonal().add_(ridge / columns.weights)
-    return LowRank(columns.anchor - columns.target, torch.cholesky_solve(seen.T, torch.linalg.cholesky(inner)))
+    seen, left = space.project(columns.target), columns.anchor - columns.target
+    if seen.shape[1] < seen.shape[0]:
+        inner = seen.T @ seen
+        inner = (inner + inner.T) / 2
+        inner.diagonal().add_(ridge / columns.weights)
+        return LowRank(left, torch.cholesky_solve(seen.T, torch.linalg.cholesky(inner)))
+    weighted = seen * columns.weights  # the same by the other side: diag(w) c^T (c diag(w) c^T + ridge I)^-1
+    outer = weighted @ seen.T
+    outer = (outer + outer.T) / 2
+    outer.diagonal().add_(ridge)
+    return LowRank(left, torch.cholesky_solve(weighted, torch.linalg.cholesky(outer)).T)
 
 
 def ridge_for_strength(columns: Columns, space: NullSpace, strength: float) -> float | None:
