@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
 from tiny_transformers import KINDS, run, tiny_pipeline
 
 from benchmarks import peers
@@ -155,8 +157,8 @@ def test_the_threshold_matters():
 
 def promised():
     lines = inspect.getdoc(BlockCache).splitlines()
-    line = next(line for line in lines if line.startswith("dual_block: sd3"))
-    return set(line.split(": ")[1].split(", "))
+    lists = [line.split(": ")[1] for line in lines if line.startswith(("dual_block: sd3", "dual_block, single"))]
+    return set(", ".join(lists).split(", "))
 
 
 def family(kind):
@@ -264,6 +266,27 @@ class Stop(Exception):
     pass
 
 
+def stored():
+    """Tensors in contexts of cache-dit that are still in memory."""
+    from cache_dit.caching.cache_contexts import CachedContext
+
+    kept = [thing for thing in gc.get_objects() if type(thing) is CachedContext]
+    return [name for context in kept for name in context.buffers]
+
+
+def test_contexts_hold_tensors_while_a_run_lasts():
+    """What `stored` finds, so that finding nothing after a run means something."""
+    found = []
+
+    def look(pipe, step, timestep, tensors):
+        found.append(len(stored()))
+        return tensors
+
+    run(wrap(tiny_pipeline("flux-cfg"), dual()), "flux-cfg", steps=10, callback_on_step_end=look)
+    assert found[0] == 6  # two branches, each with the residuals of the first and of the middle blocks and of the text
+    assert stored() == []
+
+
 @pytest.mark.parametrize("kind", ["flux-cfg", "sd3"])
 def test_an_aborted_run_leaves_nothing(kind):
     pipe = tiny_pipeline(kind)
@@ -280,8 +303,10 @@ def test_an_aborted_run_leaves_nothing(kind):
     with pytest.raises(Stop):
         run(accelerated, kind, steps=10, size=(6, 10), callback_on_step_end=stop)
     assert unchanged(pipe, before)
+    assert stored() == []
     assert torch.equal(run(pipe, kind, steps=10), plain)
     assert torch.equal(run(accelerated, kind, steps=10), expected)
+    assert stored() == []
 
 
 def test_two_wrapped_pipelines_of_a_class_share_nothing():
@@ -296,6 +321,23 @@ def test_two_wrapped_pipelines_of_a_class_share_nothing():
 
     latents = run(accelerated, "flux-dev", steps=10)
     assert torch.equal(run(accelerated, "flux-dev", steps=10, callback_on_step_end=other), latents)
+
+
+def test_compiled_blocks_and_offload_hooks_stay():
+    latents = run(wrap(tiny_pipeline("flux-dev"), dual()), "flux-dev", steps=10)
+    pipe = tiny_pipeline("flux-dev")
+    add_hook_to_module(pipe.transformer, AlignDevicesHook(execution_device="cpu"))
+    attach_align_device_hook(pipe.transformer, execution_device="cpu", offload=True)
+    hooked = wrap(pipe, dual())
+    assert torch.equal(run(hooked, "flux-dev", steps=10), latents)
+    assert hooked.report.methods["block_cache"]["hits"] == 5
+    pipe = tiny_pipeline("flux-dev")
+    for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        block.compile(backend="eager")
+    compiled = wrap(pipe, dual())
+    for _ in range(2):  # the first run counts FLOPs, for which it runs uncompiled
+        torch.testing.assert_close(run(compiled, "flux-dev", steps=10), latents)
+    assert compiled.report.methods["block_cache"]["hits"] == 5
 
 
 # --- refusals ---

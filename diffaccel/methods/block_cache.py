@@ -2,10 +2,10 @@
 
 First Block Cache (ParaAttention, after TeaCache, arXiv 2411.19108), MagCache (arXiv 2506.09045), TaylorSeer (arXiv
 2503.06923) and Pyramid Attention Broadcast (arXiv 2408.12588); and the one of cache-dit where that is installed
-(block_cache_dit.py). The rule and what is reused are diffusers' and cache-dit's. This file opens
-the cache context of every guidance branch, gives the step index and the number of steps, keeps a state per network call,
-forces full evaluations (warm-up, cap on hits, changed inputs) and sees by the modules that ran whether a call was a hit.
-Hooks exist only while a run lasts; afterwards the network is as it was, whatever diffusers leaves behind.
+(block_cache_dit.py). The rule and what is reused are theirs. This file opens the cache context of every guidance branch,
+gives the step index and the number of steps, keeps a state per network call, forces full evaluations (warm-up, cap on
+hits, changed inputs) and sees by the modules that ran whether a call was a hit. Hooks exist only while a run lasts;
+afterwards the network is as it was, whatever diffusers leaves behind.
 """
 
 from __future__ import annotations
@@ -80,19 +80,20 @@ class BlockCache(Method):
         max_hits: after so many hits in a row a full evaluation is forced.
         full_first, full_last: evaluations at the start and end of the run that are always full.
         min_evaluations: shorter runs are not cached (few-step models lose their picture); a warning and the report say so.
-    dual_block decides for every stack of blocks that cache-dit sees; a call in which only some of them have a hit counts
-    as "partial". Everything is decided and kept per network call (separate guidance branches by themselves). A full evaluation is forced
+    Everything is decided and kept per network call (separate guidance branches by themselves); dual_block decides for
+    every stack of blocks, and a call in which only some stacks have a hit counts as "partial". A full evaluation is forced
     also when prompt embeddings, guidance rows, adapters or the picture size change, and after a branch was left out.
 
-    What runs (measured on every family by tests/test_block_cache.py and tests/test_block_cache_dit.py; everything else is refused with the reason):
+    What runs (measured on every family by tests/test_block_cache.py and tests/test_block_cache_dit.py; everything else is
+    refused with the reason):
 
     first_block: flux, qwen-image, cogview4, wan, cogvideox
     mag: flux, flux2, qwen-image, cogview4, wan, cogvideox
     taylor, attention: flux, flux2, qwen-image
     taylor, output: flux, flux2, qwen-image, cogview4, wan, cogvideox
     pyramid: flux, flux2, qwen-image, cogview4, wan, cogvideox
-    dual_block: sd3, flux, flux2, pixart, lumina-next, lumina2, auraflow, sana, qwen-image, z-image, cogview4, wan, cogvideox
-    (on auraflow the single blocks only)
+    dual_block: sd3, flux, flux2, pixart, lumina-next, lumina2, sana, qwen-image, z-image, cogview4, wan, cogvideox
+    dual_block, single blocks only: auraflow
     """
 
     name: ClassVar[str] = "block_cache"

@@ -77,7 +77,9 @@ def install(config: BlockCache, pipe: Any, network: nn.Module, seams: Seams) -> 
         seams.replace(network, found.lists[0], nn.ModuleList([wrapper]))
         for emptied in found.lists[1:]:
             seams.replace(network, emptied, nn.ModuleList())
-    return DualBlockCache(type(network).__name__, wrappers, StackWatch(wrappers))
+    cache = DualBlockCache(type(network).__name__, wrappers, StackWatch(wrappers))
+    seams.on_close(cache.release)
+    return cache
 
 
 class StackWatch:
@@ -163,6 +165,12 @@ class DualBlockCache:
             wrapper.cache_context = context
         self.full = full
         self.watch.begin()
+
+    def release(self) -> None:
+        """Drop the stored tensors at once: cache-dit's objects refer to each other and wait for the garbage collector."""
+        for context in (context for contexts in self.states.values() for context in contexts):
+            context.clear_buffers()
+        self.states.clear()
 
 
 def _context(config: BlockCache | None, name: str) -> Any:
