@@ -63,6 +63,11 @@ def methods(model: str) -> dict[str, tuple[str, int, dict[str, Any]]]:
         f"ResidualCache({INTERVAL})": ("residual_cache", INTERVAL, {**cache, "order": 0}),
         f"Forecast({INTERVAL})": ("forecast", INTERVAL, {**cache, "full_first": 1}),
         "BlockCache(first_block)": ("block_cache", INTERVAL, {**block, "kind": "first_block", "threshold": ALWAYS}),
+        "BlockCache(dual_block)": (
+            "block_cache",
+            INTERVAL,
+            {**block, "kind": "dual_block", "threshold": ALWAYS, "first_blocks": 1},
+        ),
         "BlockCache(pyramid)": ("block_cache", 4, {**block, "kind": "pyramid"}),
         "StepReuse": (
             "step_reuse",

@@ -13,7 +13,7 @@ from diffaccel.miniatures.scenes import COLOURS, SHAPES, TEXTURES, PromptCase, S
 
 Keep = Literal["words", "captions", "both", "half", "none", "prompts"]
 SIBLING = "sibling"  # the anchor is the next word of its kind that is not erased
-PROMPTS = 600  # of the keep list "prompts"
+PROMPTS = 1200  # of the keep list "prompts"
 JOINT = ("circle+star", "circle+star+heart+square")
 GROUPS: dict[str, tuple[str, ...]] = {"shapes": SHAPES, "colours": COLOURS, "textures": TEXTURES, "joint": JOINT}
 CAPTIONS = 200  # of the keep list "captions"

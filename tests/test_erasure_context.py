@@ -105,7 +105,7 @@ def test_prompts_work_with_the_published_forms_too(pipe):
 
 
 def test_it_is_the_balanced_least_squares_solution(pipe):
-    """Every row of every context against its counterpart, every row of the rest, and both sides with the same weight."""
+    """Every row of every context against its counterpart, every row of the rest, and the weights of both sides as asked."""
     prompts = ["a red circle", "a circle on grey", "a star", "a blue ring", "a small heart"]
     found = diffaccel.erase(
         pipe,
@@ -116,13 +116,14 @@ def test_it_is_the_balanced_least_squares_solution(pipe):
         paddings=None,
         keep_empty=False,
         ridge=0.05,
+        erase_weight=2.0,
     )
     target, anchor = (
         rows(pipe, [prompt.replace("circle", word) for prompt in prompts[:2]])[:, 1:].flatten(0, 1)
         for word in ("circle", "square")
     )
     keep = rows(pipe, prompts[2:])[:, 1:].flatten(0, 1)
-    weight = len(keep) / len(target)
+    weight = 2 * len(keep) / len(target)
     # sum w |M t - a|^2 + sum |M k - k|^2 + ridge |M - 1|^2, as one dense regression on stacked rows
     size = keep.shape[1]
     inputs = torch.cat([weight**0.5 * target, keep, 0.05**0.5 * torch.eye(size, dtype=torch.float64)])

@@ -26,7 +26,7 @@ def _uce(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
 
 
 def _context(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
-    """UCE with both sides at the same total weight, however many rows each has."""
+    """UCE with the total weights of both sides in a given ratio, however many rows each has."""
     columns, kept = problem.columns, problem.columns.keep.shape[1]
     balance = chosen.keep_weight * kept / float(columns.weights.sum()) if kept else 1.0
     balanced = replace(problem, columns=replace(columns, weights=columns.weights * balance))
