@@ -29,7 +29,7 @@ from benchmarks import peers
 from benchmarks.dit_models import GUIDED, NAMES, build_pipeline, call_arguments
 from benchmarks.timing import Options, Ours, Timing, Variant, backend, command_line, judged, parsed, rows, run_once, say
 from diffaccel import Recipe, Unsupported
-from diffaccel.bench import describe_machine, machine, rotated
+from diffaccel.bench import PeakMemory, describe_machine, machine, rotated
 from diffaccel.method import Method, registry
 from diffaccel.model_map import describe
 from diffaccel.output import write_text
@@ -161,13 +161,12 @@ def _repeat(pipe: Any, chosen: Sequence[Variant], arguments: dict[str, Any], opt
     for repetition in range(options.repeats):
         for variant in rotated(chosen, repetition):
             timing = timings[variant.name]
-            if options.device != "cpu":
-                torch.cuda.reset_peak_memory_stats(options.device)
-            seconds, flops = run_once(pipe, variant, arguments, options.device, options.read_clock)
+            with PeakMemory(options.device) as memory:
+                seconds, flops = run_once(pipe, variant, arguments, options.device, options.read_clock)
             timing.seconds.append(seconds)
             timing.flops = flops
-            if options.device != "cpu":
-                timing.peak_bytes = torch.cuda.max_memory_allocated(options.device)
+            if memory.bytes is not None:
+                timing.peak_bytes = max(timing.peak_bytes or 0, memory.bytes)
             say(f"repetition {repetition + 1} of {options.repeats}: {variant.name} {seconds:.3g} s per step")
     return list(timings.values())
 
@@ -216,14 +215,14 @@ def markdown(result: dict[str, Any]) -> str:
     others = "".join(f", {name} {facts[name]}" for name in peers.TRANSFORMER_PACKAGES if facts.get(name))
     ways = "alternating; medians, range in brackets. Random weights; no text encoder, no decoder."
     side = settings["size"]
-    memory = any(row["peak_bytes"] for row in result["variants"])
+    memory = all(row["peak_bytes"] is not None for row in result["variants"])
     compiled = ", repeated blocks compiled by inductor" if settings.get("compile") else ""
     lines = [
         f"## {result['model']}, {depth}, {side} x {side}, batch {settings['batch']}, {settings['dtype']}{compiled}",
         "",
         f"{describe_machine(facts)}{others}. Attention: {facts['backend']}. {clock}, {settings['repeats']} repetitions, {ways}",
         "",
-        f"| variant | steps | s/step | faster than stock | fewer FLOPs |{' peak GiB |' if memory else ''}",
+        f"| variant | steps | s/step | faster than stock | fewer FLOPs |{' GiB beyond the weights |' if memory else ''}",
         f"| --- | --- | --- | --- | --- |{' --- |' if memory else ''}",
         *(_row(row, memory=memory) for row in result["variants"]),
         "",

@@ -7,6 +7,7 @@ slows both. Its spread over the repetitions is reported with it.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import platform
 import statistics
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -64,6 +65,46 @@ def timed(
     result = function()
     synchronize(device)
     return result, clock() - start
+
+
+class PeakMemory:
+    """How much memory a stretch of work needed beyond what was in use before it.
+
+        with PeakMemory(device) as memory: ...
+        memory.bytes   # on CUDA what torch allocated, on Linux the growth of the resident set, elsewhere None
+
+    Memory that the process holds but no longer uses counts as in use before, so a second run can seem to need less.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.bytes: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif self.device.type == "cpu" and _RESET_PEAK.exists():
+            _RESET_PEAK.write_text("5")  # proc(5): sets the peak of the resident set to its present size
+            self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            cuda = self.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+            self.bytes = max(peak - self._before, 0)
+
+
+_RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    """A size from the process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def rotated(items: Sequence[Any], by: int) -> list[Any]:

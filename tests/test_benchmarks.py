@@ -18,7 +18,7 @@ from benchmarks import fidelity, fidelity_table, models, peers, search, unet, un
 from benchmarks.recipes import chosen_presets, methods_alone
 from benchmarks.subjects import SUBJECTS
 from diffaccel import GuidanceInterval, Recipe, SkipCache, StepSchedule
-from diffaccel.bench import Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
+from diffaccel.bench import PeakMemory, Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
 from diffaccel.comparison import Row
 from diffaccel.contest import PLAIN, Runner, Settings
 from diffaccel.quality import Interval
@@ -36,6 +36,19 @@ def test_spread_and_ratio() -> None:
 def test_timed_uses_the_clock_around_the_call() -> None:
     clock = iter([10.0, 12.5])
     assert timed(lambda: "result", clock=lambda: next(clock)) == ("result", 2.5)
+
+
+def test_peak_memory_sees_what_is_gone_again() -> None:
+    def needs(megabytes: int) -> int:
+        with PeakMemory() as memory:
+            torch.ones(megabytes * 2**18).sum()  # float32, freed inside the block
+        assert memory.bytes is not None
+        return memory.bytes
+
+    needs(1)
+    assert needs(8) < 32 * 2**20  # earlier peaks do not count
+    assert 256 * 2**20 <= needs(256) < 300 * 2**20
+    assert needs(8) < 32 * 2**20
 
 
 def test_rotated_starts_elsewhere_each_time() -> None:
