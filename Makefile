@@ -12,7 +12,7 @@ INPUTS := pyproject.toml constraints.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/diffaccel demo --output out
+	$(BIN)/diffaccel showcase --output out
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import diffaccel
+from diffaccel.cli_demo import demo
 from diffaccel.cli_erase import erase
 from diffaccel.cli_support import (
     Debug,
@@ -218,7 +219,7 @@ def _print_comparison(found: Comparison, output: Path) -> None:
 
 
 @app.command()
-def demo(output: Output = Path("out"), debug: Debug = False) -> None:
+def showcase(output: Output = Path("out"), debug: Debug = False) -> None:
     """Before and after on the bundled model: plain, balanced, and fewer steps that take equally long."""
     from diffaccel import compare as work
 
@@ -288,6 +289,7 @@ def _checks_table(title: str, checks: list[Check]) -> Table:
 
 
 app.command()(erase)
+app.command()(demo)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert cpu_seconds() - before < 1.0
-    assert all(command in done.stdout for command in ("generate", "compare", "recipes", "doctor", "demo"))
+    assert all(command in done.stdout for command in ("generate", "compare", "recipes", "doctor", "showcase", "demo"))
 
 
 def test_wrong_usage_is_exit_code_2(tmp_path):
@@ -379,12 +379,12 @@ def test_compare_judges_held_out_prompts(tmp_path):
     assert all(0 <= variant["accuracy"]["mean"] <= 1 for variant in found["variants"])
 
 
-def test_demo_runs_again_over_its_own_results(tmp_path, monkeypatch):
+def test_showcase_runs_again_over_its_own_results(tmp_path, monkeypatch):
     import diffaccel.compare as work
 
     monkeypatch.setattr(work, "demo", functools.partial(work.demo, prompts=2, steps=10))
     (tmp_path / "comparison.json").write_text("of the last demo")
-    result = run("demo", "--output", tmp_path)
+    result = run("showcase", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     names = {variant["name"] for variant in json.loads((tmp_path / "comparison.json").read_text())["variants"]}
     assert {"plain", "balanced"} < names
