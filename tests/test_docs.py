@@ -1,0 +1,101 @@
+"""The documentation is whole and says what the code says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffaccel
+from diffaccel.method import registry
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+sys.path.append(str(DOCS))
+
+import hooks
+import tables
+
+
+def test_the_site_builds_without_warnings_or_network(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "http_proxy": "http://127.0.0.1:9"}
+    environment |= {"https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "site"
+    for name in registry():
+        page = (site / "methods" / name / "index.html").read_text()
+        assert f'href="../{name}/"' in page or 'class="md-nav__link md-nav__link--active"' in page
+    reference = (site / "reference-methods" / "index.html").read_text()
+    assert all(f'id="{cls.__module__}.{cls.__name__}"' in reference for cls in registry().values())
+    assert "generated: settings" in (DOCS / "methods" / "forecast.md").read_text()
+
+
+def outside(text: str, kinds: set[str]) -> bool:
+    return any(kind in kinds for kind in re.findall(r"<!-- generated: (\w+)", text))
+
+
+@pytest.mark.parametrize("page", hooks.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_computed_sections_are_up_to_date(page):
+    text = page.read_text()
+    assert hooks.fill(text, tables.MAKERS) == text, f"{page.name} is out of date; run `make docs`"
+    assert text.count("<!-- generated:") == text.count("<!-- end generated -->")
+
+
+def test_the_compatibility_tables_are_up_to_date():
+    """Every method asked about every pipeline, and run in every situation."""
+    import support
+
+    text = (DOCS / "compatibility.md").read_text()
+    assert set(re.findall(r"<!-- generated: (\w+)", text)) == set(support.MAKERS)
+    assert hooks.fill(text, support.MAKERS) == text, "compatibility.md is out of date; run `make docs`"
+
+
+def test_a_section_follows_the_code(monkeypatch):
+    """The comparison above would notice: another default or bound changes the table."""
+    before = tables.settings("skip_cache")
+    assert "| `interval` | `3` | whole number, 1 or more | a full evaluation" in before
+    monkeypatch.setattr(diffaccel.SkipCache.model_fields["interval"], "default", 4)
+    diffaccel.SkipCache.model_rebuild(force=True)
+    changed = tables.settings("skip_cache")
+    monkeypatch.undo()
+    diffaccel.SkipCache.model_rebuild(force=True)
+    assert "| `interval` | `4` |" in changed
+    assert tables.settings("skip_cache") == before
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_method_has_a_page(name):
+    """With settings and measurements, and a row in the overview; every setting is explained in the docstring."""
+    page = (DOCS / "methods" / f"{name}.md").read_text()
+    assert "## Measured" in page
+    assert f"](methods/{name}.md)" in (DOCS / "methods.md").read_text()
+    cls = registry()[name]
+    assert set(cls.model_fields) <= set(tables.meanings(cls))
+    assert all(f"`{key}`" in page for key in cls.model_fields)
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())) | set(tables.method_pages())
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text() for page in DOCS.glob("reference*.md"))
+    homes = {f"diffaccel.{diffaccel._HOME[name]}" for name in diffaccel._HOME if f".{name}\n" not in pages}
+    assert [home for home in homes if not re.search(rf"^::: {re.escape(home)}$", pages, re.MULTILINE)] == []
+
+
+def test_measured_figures_come_from_the_results():
+    """One row read by hand."""
+    import json
+
+    data = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text())["presets"]
+    balanced = next(variant for variant in data["variants"] if variant["name"] == "balanced")
+    against = next(entry for entry in data["against_fewer_steps"] if entry["name"] == "balanced")
+    want = f"| {data['variants'][0]['flops'] / balanced['flops']:.2f} | {balanced['psnr']:.1f} dB | {against['psnr_flops']:+.1f} dB |"
+    assert want in tables.measured("skip_cache")
+    assert "Not measured yet." in tables.measured("block_cache") or "first_block" in tables.measured("block_cache")
