@@ -1,0 +1,311 @@
+"""What the buttons do: values of the page in, values of the page out. The work itself is in the files named after the tabs.
+
+Every action finds the visitor's session by the key that the server gave the page, turns errors into one sentence, and
+shares nothing with other visitors but the queue and the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from diffaccel.demo import comparing, erasing, exploring, recipes
+from diffaccel.demo.engine import Ask, Cancelled, Engine, PageError, Watch
+from diffaccel.demo.fields import Field, build_recipe, offered, show_recipe
+from diffaccel.demo.markup import message
+from diffaccel.demo.sessions import Session, Sessions
+from diffaccel.errors import DiffaccelError
+from diffaccel.method import registry
+from diffaccel.recipe import Recipe, presets
+
+log = logging.getLogger("diffaccel.demo")
+Update = Any
+
+
+class Actions:
+    """The functions behind the page.
+
+    Args:
+        engine: the model.
+        sessions: the visitors.
+    """
+
+    def __init__(self, engine: Engine, sessions: Sessions) -> None:
+        self.engine, self.sessions = engine, sessions
+        self.fields: list[Field] = [field for fields in offered().values() for field in fields]
+        self.methods = list(offered())
+
+    # --- sessions ---
+
+    def session(self, request: gr.Request) -> Session:
+        """The visitor's session."""
+        return self.sessions.of(str(request.session_hash))
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.sessions.close(str(request.session_hash))
+
+    @contextmanager
+    def _readable(self, session: Session) -> Iterator[None]:
+        """Errors as a sentence for the page; what nobody expected also goes to the server's log."""
+        try:
+            yield
+        except Cancelled:
+            raise
+        except Exception as error:
+            session.problem = sentence(error)
+            if not isinstance(error, DiffaccelError):
+                log.exception("an action of the page failed")
+            raise gr.Error(session.problem, duration=12, print_exception=False) from error
+
+    def problem(self, request: gr.Request) -> str:
+        """The last error of this visitor, to stay on the page when the notice is gone."""
+        return message(self.session(request).problem, "bad")
+
+    def cancel(self, tab: str) -> Callable[[gr.Request], str]:
+        """The action of a tab's Cancel button."""
+
+        def stop(request: gr.Request) -> str:
+            found = self.session(request).cancel(tab)
+            return message("Cancelling: the run stops after the current step." if found else "Nothing is running.")
+
+        return stop
+
+    # --- recipe ---
+
+    def check(
+        self, model: str, preset: str, methods: list[str], *shown: Any, request: gr.Request
+    ) -> tuple[Update, ...]:
+        """The recipe that the controls say: its JSON, a message, and the file for download."""
+        session = self.session(request)
+        try:
+            recipe = self._recipe(preset, methods, shown)
+            text, wrong = self._json(recipe), recipes.complaint(recipe, self.engine, model)
+            download = gr.update(value=str(recipes.save(recipe, session)), interactive=True)
+        except DiffaccelError as error:
+            return gr.skip(), message(sentence(error), "bad"), gr.update(interactive=False)
+        if wrong:
+            return text, message(sentence(wrong), "bad"), download
+        return text, message(self._praise(recipe, preset), "good"), download
+
+    def _recipe(self, preset: str, methods: Sequence[str], shown: Sequence[Any]) -> Recipe:
+        values = {(field.method, field.name): value for field, value in zip(self.fields, shown, strict=True)}
+        return build_recipe(methods, values, name=preset or recipes.CUSTOM)
+
+    @staticmethod
+    def _json(recipe: Recipe) -> str:
+        import json
+
+        return json.dumps(recipe.to_dict(), indent=2)
+
+    @staticmethod
+    def _praise(recipe: Recipe, preset: str) -> str:
+        known = presets()
+        return f"{recipe.describe()}. {known[preset].note}" if preset in known else recipe.describe()
+
+    def fill(self, preset: str, model: str, request: gr.Request) -> list[Update]:
+        """Set the switches to a preset, for this model. The custom one is whatever they say already."""
+        if preset not in presets():
+            return [gr.skip()] * (1 + len(self.fields))
+        with self._readable(self.session(request)):
+            return self._switches(recipes.preset(preset, self.engine, model))
+
+    def upload(self, file: str | None, model: str, request: gr.Request) -> list[Update]:
+        """Set the switches to a recipe file: preset name, methods, fields."""
+        with self._readable(self.session(request)):
+            if file is None:
+                raise PageError("Choose a recipe file first.")
+            recipe = recipes.from_file(file, self.engine, model)
+            return [recipes.CUSTOM, *self._switches(recipe)]
+
+    def _switches(self, recipe: Recipe) -> list[Update]:
+        chosen, shown = show_recipe(recipe)
+        return [chosen, *(shown[field.method, field.name] for field in self.fields)]
+
+    def groups(self, methods: list[str]) -> list[Update]:
+        """Show the settings of the chosen methods only."""
+        return [gr.update(visible=True if name in methods else "hidden") for name in self.methods]
+
+    def described(self, method: str) -> str:
+        """What a method is called on the page."""
+        from diffaccel.demo.fields import summary_of
+
+        return summary_of(registry()[method])
+
+    # --- running ---
+
+    def prepare(self, tab: str) -> Callable[..., tuple[Update, ...]]:
+        """First half of a run: refuse a wrong recipe at once, then hand the buttons to the run."""
+
+        def start(preset: str, methods: list[str], *shown: Any, request: gr.Request) -> tuple[Update, ...]:
+            session = self.session(request)
+            with self._readable(session):
+                text = self._json(self._recipe(preset, methods, shown))
+            session.prepare(tab)
+            return text, gr.update(interactive=False), gr.update(interactive=True), message("Waiting for the model.")
+
+        return start
+
+    @staticmethod
+    def ready() -> tuple[Update, Update]:
+        """The run is over: its buttons are back."""
+        return gr.update(interactive=True), gr.update(interactive=False)
+
+    @contextmanager
+    def _run(self, tab: str, request: gr.Request, progress: gr.Progress) -> Iterator[tuple[Session, Watch]]:
+        session = self.session(request)
+
+        def show(done: int, total: int, text: str) -> None:
+            progress((done, total), desc=text, unit="steps")
+
+        with session.running(tab) as cancel, self._readable(session):
+            yield session, Watch(show, cancel)
+
+    def compare(
+        self,
+        model: str,
+        prompt: str,
+        negative: str,
+        seed: float,
+        steps: float,
+        guidance: float | None,
+        width: float | None,
+        height: float | None,
+        recipe: str,
+        warm: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio finds it by its default)
+    ) -> tuple[Update, ...]:
+        """Plain and accelerated picture, figures, steps, region map, two files, a sentence."""
+        try:
+            with self._run("compare", request, progress) as (session, watch):
+                ask = _ask(prompt, negative, seed, steps, guidance, width, height)
+                chosen = recipes.from_text(recipe, self.engine, model)
+                found = comparing.compare(self.engine, session, model, ask, chosen, watch, warm=bool(warm))
+        except Cancelled as stop:
+            return *([gr.skip()] * 6), message(str(stop))
+        plain, fast = str(found.plain.path), str(found.fast.path)
+        regions = None if found.region_map is None else str(found.region_map)
+        return (
+            (plain, fast),
+            found.figures(),
+            found.steps(),
+            gr.update(value=regions, visible=regions is not None),
+            gr.update(value=plain, interactive=True),
+            gr.update(value=fast, interactive=True),
+            message(f"Done: {found.speedup:.2f}x faster. {_edit_note(session)}".strip(), "good"),
+        )
+
+    def explore(
+        self,
+        model: str,
+        prompt: str,
+        negative: str,
+        seed: float,
+        steps: float,
+        guidance: float | None,
+        width: float | None,
+        height: float | None,
+        recipe: str,
+        first: str,
+        first_values: str,
+        second: str | None,
+        second_values: str,
+        baseline: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Update, ...]:
+        """Grid, plot, figures, a sentence."""
+        try:
+            with self._run("explore", request, progress) as (session, watch):
+                ask = _ask(prompt, negative, seed, steps, guidance, width, height)
+                chosen = recipes.from_text(recipe, self.engine, model)
+                pairs = [(name, text) for name, text in ((first, first_values), (second, second_values)) if name]
+                axes = [exploring.Axis.of(name, text or "") for name, text in pairs]
+                found = exploring.explore(
+                    self.engine, session, model, ask, chosen, axes, watch, baseline=bool(baseline)
+                )
+        except Cancelled as stop:
+            return *([gr.skip()] * 3), message(str(stop))
+        gallery = gr.update(value=found.gallery(), visible=True)
+        plot = gr.update(value=str(found.plot), visible=True)
+        done = f"Done: {len(found.cells)} pictures beside plain. {_edit_note(session)}".strip()
+        return gallery, plot, found.figures(), message(done, "good")
+
+    # --- erase ---
+
+    def erase(
+        self,
+        model: str,
+        prompt: str,
+        negative: str,
+        seed: float,
+        steps: float,
+        guidance: float | None,
+        width: float | None,
+        height: float | None,
+        concepts: str,
+        keep: str,
+        anchor: str,
+        method: str,
+        settings: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Update, ...]:
+        """Before and after, figures, the edit's file, what is applied, a sentence."""
+        try:
+            with self._run("erase", request, progress) as (session, watch):
+                ask = _ask(prompt, negative, seed, steps, guidance, width, height)
+                wanted = erasing.Request.of(concepts, keep, anchor or "", method, settings)
+                found = erasing.erase(self.engine, session, model, ask, wanted, watch)
+        except Cancelled as stop:
+            return *([gr.skip()] * 3), message(erasing.state(session)), message(str(stop))
+        return (
+            (str(found.before.path), str(found.after.path)),
+            found.figures(),
+            gr.update(value=str(found.file), interactive=True),
+            message(erasing.state(session)),
+            message("Done: look at both pictures, then apply the edit or change it.", "good"),
+        )
+
+    def apply(self, request: gr.Request) -> str:
+        """Apply this visitor's edit."""
+        with self._readable(self.session(request)):
+            return message(erasing.apply(self.session(request)), "good")
+
+    def undo(self, request: gr.Request) -> str:
+        """Take this visitor's edit back."""
+        with self._readable(self.session(request)):
+            return message(erasing.undo(self.session(request)))
+
+
+def _ask(prompt: str, negative: str, seed: Any, steps: Any, guidance: Any, width: Any, height: Any) -> Ask:
+    return Ask.of(
+        prompt=prompt or "",
+        negative=negative or "",
+        seed=0 if seed is None else seed,
+        steps=steps,
+        guidance=guidance,
+        width=width,
+        height=height,
+    )
+
+
+def _edit_note(session: Session) -> str:
+    return "Both pictures are drawn with this session's edit." if session.applied else ""
+
+
+def sentence(error: Exception | str) -> str:
+    """What a person reads; memory is the one failure of a library that has an own sentence."""
+    if isinstance(error, (str, DiffaccelError)):
+        text = " ".join(str(error).split())
+        return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+        return "There was not enough memory for this picture; choose a smaller size."
+    return f"Something went wrong on the server ({type(error).__name__}); its log says more."

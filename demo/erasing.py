@@ -1,0 +1,155 @@
+"""Forgetting concepts, for one visitor: the edit is a file of their session and acts inside their calls only."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffaccel.demo.comparing import likeness
+from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
+from diffaccel.demo.markup import decibel, notes, table
+from diffaccel.demo.sessions import Session
+from diffaccel.erasure.settings import METHODS, settings_of
+from diffaccel.erasure.solve import WeakErasure
+from diffaccel.erasure.solve import erase as solve
+from diffaccel.methods import Erase
+from diffaccel.output import safe_name
+from diffaccel.recipe import Recipe
+
+MOST_NAMES = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to erase.
+
+    Attributes:
+        settings: of the method, by name; the method refuses what it does not know.
+    """
+
+    concepts: tuple[str, ...]
+    keep: tuple[str, ...] = ()
+    anchor: str | None = None
+    method: str = "speed"
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, concepts: str, keep: str, anchor: str, method: str, settings: str) -> Request:
+        """From the texts of the page: names with commas or on lines, settings as NAME=VALUE.
+
+        Raises:
+            PageError: nothing to erase, too many names, an unknown method, or a line that is no setting.
+        """
+        names, kept = _names(concepts), _names(keep)
+        if not names:
+            raise PageError("Name at least one concept to erase.")
+        if len(names) + len(kept) > MOST_NAMES:
+            raise PageError(f"That is {len(names) + len(kept)} names; the page takes {MOST_NAMES} at most.")
+        if method not in METHODS:
+            raise PageError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
+        return cls(names, kept, anchor.strip() or None, method, tuple(_setting(part) for part in _names(settings, ";")))
+
+
+def _names(text: str, separator: str = ",") -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in re.split(rf"[{separator}\n]", text or "") if part.strip()))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PageError(f"{text!r} is no setting; write NAME=VALUE, for example ridge=0.5.")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
+
+
+@dataclass(frozen=True)
+class Erased:
+    """An edit, and a picture before and after it."""
+
+    edit: Any
+    file: Path
+    before: Drawn
+    after: Drawn
+    warnings: tuple[str, ...]
+
+    def figures(self) -> str:
+        """What the edit does, in numbers."""
+        sequence = {name: found for name, found in self.edit.diagnostics.items() if "strength" in found}
+        rows = [
+            (concept, route, f"{share:.0%}", f"{found.get('kept_change_max', 0.0):.2%}", str(found["rank"]))
+            for route, found in sequence.items()
+            for concept, share in found["strength"].items()
+        ]
+        header = ("concept", "text", "moved to its anchor", "largest change of what is kept", "rank")
+        close = likeness(self.after.image, self.before.image)
+        caption = f"{self.edit.method}: the picture changed to {decibel(close.psnr)} PSNR"
+        return table(header, rows, caption) + notes([*self.warnings, *self.edit.leaks])
+
+
+def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Request, watch: Watch) -> Erased:
+    """Solve for the edit and draw the prompt before and after. It becomes the session's edit, not yet applied.
+
+    Raises:
+        DiffaccelError: the model, the settings or the request; or `Cancelled`.
+    """
+    watch.total = 2 * ask.steps
+    watch.show(0, watch.total, "computing the edit")
+    chosen = settings_of(request.method, dict(request.settings))
+    with engine.pipeline(model) as pipe:
+        watch.check()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", WeakErasure)
+            edit = solve(pipe, list(request.concepts), keep=list(request.keep), anchor=request.anchor, method=chosen)
+        watch.check()
+        folder = session.new_folder()
+        name = f"no-{safe_name('-'.join(request.concepts))}-{edit.digest[:8]}.safetensors"
+        edit.save(session.folder / name)
+        watch.label = "before"
+        before = engine.draw(PLAIN, ask, watch, folder / "before.png")
+        watch.label = "after"
+        recipe = Recipe(name="erase", methods=(Erase(file=name).located(session.folder),))
+        after = engine.draw(recipe, ask, watch, folder / "after.png", str(session.folder))
+    session.edit, session.applied = (edit, name), False
+    return Erased(edit, session.folder / name, before, after, tuple(str(warning.message) for warning in caught))
+
+
+def apply(session: Session) -> str:
+    """From now on the session's pictures are drawn with its edit. A sentence that says so.
+
+    Raises:
+        PageError: there is no edit, or it is applied already.
+    """
+    if session.edit is None:
+        raise PageError("There is no edit yet: compute one first.")
+    if session.applied:
+        raise PageError("This edit is applied already.")
+    session.applied = True
+    return state(session)
+
+
+def undo(session: Session) -> str:
+    """The session's pictures are drawn by the stock model again.
+
+    Raises:
+        PageError: no edit is applied.
+    """
+    if not session.applied:
+        raise PageError("No edit is applied, so there is nothing to undo.")
+    session.applied = False
+    return state(session)
+
+
+def state(session: Session) -> str:
+    """What acts on this session's pictures, in one sentence."""
+    if session.edit is None:
+        return "No edit yet. The model is as it came."
+    names = ", ".join(concept.target for concept in session.edit[0].concepts)
+    if session.applied:
+        return f"Applied: pictures on all tabs of this page are drawn without {names}. Other visitors see none of it."
+    return f"Computed, not applied: an edit without {names}."
