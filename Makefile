@@ -1,6 +1,7 @@
 # make demo    before/after on the bundled model, written to out/
 # make test    the whole suite except tests that need a GPU
 # make lint    ruff and mypy
+# make docs    renew the computed parts of the pages, then the site in site/
 # make wheel   wheel and sdist in dist/
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,12 +23,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/hooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 wheel: $(VENV)/.installed-dev
 	$(PIP) install --quiet --constraint constraints.txt build
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist out site .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
