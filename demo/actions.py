@@ -78,7 +78,7 @@ class Actions:
     # --- recipe ---
 
     def check(
-        self, model: str, preset: str, methods: list[str], *shown: Any, request: gr.Request
+        self, request: gr.Request, model: str, preset: str, methods: list[str], *shown: Any
     ) -> tuple[Update, ...]:
         """The recipe that the controls say: its JSON, a message, and the file for download."""
         session = self.session(request)
@@ -104,8 +104,8 @@ class Actions:
 
     @staticmethod
     def _praise(recipe: Recipe, preset: str) -> str:
-        known = presets()
-        return f"{recipe.describe()}. {known[preset].note}" if preset in known else recipe.describe()
+        known, text = presets(), recipe.describe().replace("()", "")
+        return f"{text}. {known[preset].note}" if preset in known else text
 
     def fill(self, preset: str, model: str, request: gr.Request) -> list[Update]:
         """Set the switches to a preset, for this model. The custom one is whatever they say already."""
@@ -141,12 +141,12 @@ class Actions:
     def prepare(self, tab: str) -> Callable[..., tuple[Update, ...]]:
         """First half of a run: refuse a wrong recipe at once, then hand the buttons to the run."""
 
-        def start(preset: str, methods: list[str], *shown: Any, request: gr.Request) -> tuple[Update, ...]:
+        def start(request: gr.Request, preset: str, methods: list[str], *shown: Any) -> tuple[Update, ...]:
             session = self.session(request)
             with self._readable(session):
                 text = self._json(self._recipe(preset, methods, shown))
             session.prepare(tab)
-            return text, gr.update(interactive=False), gr.update(interactive=True), message("Waiting for the model.")
+            return text, gr.update(interactive=False), gr.update(interactive=True), ""
 
         return start
 
@@ -197,7 +197,7 @@ class Actions:
             gr.update(value=regions, visible=regions is not None),
             gr.update(value=plain, interactive=True),
             gr.update(value=fast, interactive=True),
-            message(f"Done: {found.speedup:.2f}x faster. {_edit_note(session)}".strip(), "good"),
+            message(f"Done: {' '.join(found.pace)}. {_edit_note(session)}".strip(), "good"),
         )
 
     def explore(

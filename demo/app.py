@@ -15,7 +15,7 @@ from diffaccel.demo.actions import Actions
 from diffaccel.demo.engine import Engine
 from diffaccel.demo.layout import build
 from diffaccel.demo.sessions import Sessions
-from diffaccel.demo.style import CSS, theme
+from diffaccel.demo.style import CSS, HEAD, theme
 from diffaccel.errors import DiffaccelError
 
 MOST_UPLOADED = "8mb"
@@ -71,6 +71,7 @@ def launch(
             allowed_paths=[],
             theme=theme(),
             css=CSS,
+            head=HEAD,
             footer_links=["api", "settings"],
             quiet=False,
         )

@@ -46,12 +46,18 @@ class Compared:
         """Plain seconds over accelerated seconds."""
         return self.plain.report.seconds / max(self.fast.report.seconds, 1e-9)
 
+    @property
+    def pace(self) -> tuple[str, str]:
+        """The speed-up in words: ("1.90x", "faster") or ("1.10x", "slower")."""
+        slower = self.speedup < 1
+        return f"{1 / self.speedup if slower else self.speedup:.2f}x", "slower" if slower else "faster"
+
     def figures(self) -> str:
         """Tiles, table and notes as HTML."""
         fast, plain = self.fast.report, self.plain.report
         shown = tiles(
             [
-                (f"{self.speedup:.2f}x", "faster", f"{fast.seconds:.2f} s instead of {plain.seconds:.2f} s"),
+                (*self.pace, f"{fast.seconds:.2f} s instead of {plain.seconds:.2f} s"),
                 (f"{plain.flops / max(fast.flops, 1):.2f}x", "fewer FLOPs", flops(fast.flops)),
                 (decibel(self.likeness.psnr), "PSNR to plain", "higher is closer; above 40 dB is hard to see"),
                 (

@@ -156,7 +156,7 @@ def _control(field: Field) -> Any:
     """The control of a setting, by its kind."""
     shared: dict[str, Any] = {
         "label": field.label,
-        "info": escape(field.help, quote=False) or None,
+        "info": field.help or None,
         "elem_id": f"field-{field.method}-{field.name}",
     }
     shown = field.show(field.default)
@@ -175,7 +175,7 @@ def _control(field: Field) -> Any:
 
 
 def _empty(field: Field) -> str:
-    return "the method's own" if field.default is None else str(field.default)
+    return "the method's own" if field.default is None else str(field.show(field.default))
 
 
 def _wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: Switches) -> None:
@@ -251,11 +251,17 @@ def _wire_run(
 
 def _compare(actions: Actions, picture: Picture, switches: Switches) -> None:
     buttons = _buttons("compare", "Compare")
+    warm = gr.Checkbox(
+        True,
+        label="Draw each picture once before the clock runs",
+        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
+        elem_id="compare-warm",
+    )
     slider = gr.ImageSlider(
         label="Plain (left) and accelerated (right)",
         type="filepath",
         interactive=False,
-        max_height=620,
+        max_height=520,
         buttons=["fullscreen"],
         elem_id="compare-slider",
     )
@@ -275,12 +281,6 @@ def _compare(actions: Actions, picture: Picture, switches: Switches) -> None:
         fast = gr.DownloadButton(
             "Download accelerated PNG", interactive=False, min_width=160, elem_id="download-accelerated"
         )
-    warm = gr.Checkbox(
-        True,
-        label="Draw each picture once before the clock runs",
-        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
-        elem_id="compare-warm",
-    )
     _wire_run(
         actions,
         "compare",

@@ -9,7 +9,7 @@ _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
 def theme() -> gr.themes.Base:
-    """Soft, with the project's green; light and dark."""
+    """Soft, in teal, with borders that show where to type; light and dark."""
     made = gr.themes.Soft(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="md", font=_SANS, font_mono=_MONO
     )
@@ -24,12 +24,47 @@ def theme() -> gr.themes.Base:
         block_shadow_dark="none",
         block_border_width="1px",
         body_text_size="15px",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_text_weight="600",
+        block_title_text_size="14px",
+        block_title_background_fill="transparent",
+        block_title_padding="0",
+        block_label_text_color="*body_text_color",
+        block_label_text_color_dark="*body_text_color",
+        block_label_text_size="13px",
+        input_border_width="1px",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_600",
+        checkbox_border_width="1px",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_500",
+        checkbox_label_shadow="none",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="*neutral_300",
+        checkbox_label_border_color_dark="*neutral_600",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700",
+        checkbox_label_text_color_selected="white",
+        input_shadow="none",
+        input_shadow_dark="none",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_secondary_shadow="none",
+        button_primary_shadow="none",
+        button_large_text_size="15px",
+        button_large_padding="9px 16px",
     )
 
 
 CSS = """
 :root { --da-full: #0f766e; --da-partial: #2dd4bf; --da-guidance: #d97706; --da-skipped: #94a3b8; }
 .dark { --da-full: #14b8a6; --da-partial: #0d7a70; --da-guidance: #f59e0b; --da-skipped: #64748b; }
+.gradio-container .html-container { padding: 0 !important; }
 .gradio-container { max-width: 1440px !important; margin: 0 auto !important; }
 #da-title { padding: 4px 2px 0; }
 #da-title h1 { font-size: 26px; margin: 0; letter-spacing: -0.02em; }
@@ -59,18 +94,59 @@ CSS = """
   overflow-wrap: anywhere; background: var(--block-background-fill); }
 .da-message.da-good { border-left: 4px solid var(--da-full); }
 .da-message.da-bad { border-left: 4px solid #dc2626; }
-.da-notes { margin: 0; padding-left: 20px; font-size: 13.5px; color: var(--body-text-color-subdued); }
+.da-notes { margin: 10px 0 0; padding-left: 20px; font-size: 13.5px; color: var(--body-text-color-subdued); }
 .da-scroll { overflow-x: auto; }
-.da-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-.da-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: 6px; }
-.da-table th, .da-table td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--border-color-primary);
-  white-space: nowrap; }
-.da-table th:first-child { text-align: left; } .da-table thead th { font-weight: 600; }
-.da-method h4 { margin: 2px 0 0; font-size: 14px; } .da-method p { margin: 0; font-size: 13px;
-  color: var(--body-text-color-subdued); }
+.da-scroll { margin-top: 14px; }
+.prose table.da-table, .da-scroll table.da-table, .da-scroll table.da-table thead, .da-scroll table.da-table tbody,
+.da-scroll table.da-table tr { border: 0 !important; }
+.da-scroll table.da-table { border-collapse: collapse; width: 100%; margin: 0; font-size: 13.5px;
+  font-variant-numeric: tabular-nums; }
+.da-table caption { text-align: left; color: var(--body-text-color-subdued); padding-bottom: 4px; caption-side: top; }
+.da-scroll table.da-table tr > * { padding: 7px 10px; text-align: right; white-space: nowrap; border: 0;
+  border-bottom: 1px solid var(--border-color-primary); background: none; }
+.da-scroll table.da-table tr > *:first-child { text-align: left; padding-left: 2px; }
+.da-table thead th { font-weight: 500; color: var(--body-text-color-subdued); }
+.da-method h4 { margin: 0 !important; padding: 10px 12px 0; font-size: 14px; }
+.da-method p { margin: 0; padding: 0 12px 10px; font-size: 13px; color: var(--body-text-color-subdued); }
 :focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 10px !important; }
   .da-tile b { font-size: 20px; } .da-bars { gap: 1px; }
 }
 """
+
+# Gradio's image slider answers to the mouse only: here its handle takes the focus, and arrow keys move it.
+HEAD = """<script>
+(() => {
+  const mouse = (kind, at, target) => target.dispatchEvent(
+    new MouseEvent(kind, {bubbles: true, cancelable: true, view: window, clientX: at.x, clientY: at.y, button: 0}));
+  const place = (handle) => {
+    const box = handle.parentElement.getBoundingClientRect(), knob = handle.getBoundingClientRect();
+    const x = knob.x + knob.width / 2;
+    return {box, x, share: Math.round(100 * (x - box.x) / box.width)};
+  };
+  const move = (handle, by) => {
+    const {box, x} = place(handle);
+    const to = Math.min(box.right - 1, Math.max(box.x + 1, x + by * box.width)), y = box.y + box.height / 2;
+    mouse("mousedown", {x, y}, handle);
+    mouse("mousemove", {x: to, y}, window);
+    mouse("mouseup", {x: to, y}, window);
+    requestAnimationFrame(() => handle.setAttribute("aria-valuenow", place(handle).share));
+  };
+  const prepare = (handle) => {
+    if (handle.dataset.keys) return;
+    handle.dataset.keys = "yes";
+    const set = {role: "slider", tabindex: "0", "aria-label": "Border between the two pictures, in percent",
+      "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": "50"};
+    for (const [name, value] of Object.entries(set)) handle.setAttribute(name, value);
+    handle.addEventListener("keydown", (event) => {
+      const by = {ArrowLeft: -0.05, ArrowRight: 0.05, Home: -1, End: 1}[event.key];
+      if (by === undefined) return;
+      event.preventDefault();
+      move(handle, by);
+    });
+  };
+  const look = () => document.querySelectorAll(".image-container [data-testid=slider]").forEach(prepare);
+  new MutationObserver(look).observe(document.documentElement, {childList: true, subtree: true});
+})();
+</script>"""
