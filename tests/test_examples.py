@@ -15,10 +15,58 @@ def run(tmp_path, monkeypatch):
     from diffaccel import method
     from diffaccel.pipelines import diffusion_transformers
 
-    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setattr(method, "_REGISTRY", method.registry())
     monkeypatch.setattr(diffusion_transformers, "CONVENTIONS", diffusion_transformers.CONVENTIONS)
     monkeypatch.chdir(tmp_path)
     return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"), run_name="example")
+
+
+def test_basic(run):
+    found = run("basic")
+    assert found["report"].flops_ratio > 2
+    assert Path("balanced.png").stat().st_size > 1000
+    assert found["image"].tobytes() != found["plain"].tobytes() == found["again"].tobytes()
+
+
+def test_recipe_file(run):
+    found = run("recipe_file")
+    assert [method.name for method in found["fast"].recipe.methods] == ["step_schedule", "forecast"]
+    assert found["message"].startswith("skip_cache.interval: ")
+
+
+def test_compare_recipes(run):
+    """The cache that extrapolates is closer than the one that copies; fewer steps are there at equal FLOPs."""
+    rows = {row.name: row for row in run("compare_recipes")["found"].rows}
+    assert rows["balanced"].psnr > rows["copying"].psnr
+    assert rows["balanced"].flops == rows["copying"].flops < rows["plain"].flops
+    assert any(row.kind == "fewer steps" for row in rows.values())
+    assert Path("comparison.png").exists()
+
+
+def test_image_to_image(run):
+    report = run("image_to_image")["fast"].report
+    assert report.steps == 24
+    assert report.methods["skip_cache"]["cached"] > 12
+
+
+def test_controlnet(run):
+    found = run("controlnet")
+    cached = [entry for entry in found["fast"].report.trace if any(tag[0] == "skip" for tag in entry.tags)]
+    assert {entry.network for entry in cached} == found["networks"] == {"denoiser", "controlnet"}
+
+
+def test_transformer(run):
+    found = run("transformer")
+    assert found["forecast"].report.methods["forecast"]["cached"] == 16
+    assert found["counts"].min() < found["counts"].max() < 28
+    assert Path("regions-map.png").exists()
+
+
+def test_erase_concept(run):
+    found = run("erase_concept")
+    assert found["before"] == found["after"] != found["during"]
+    assert found["fast"].report.methods["erase"]["concepts"] == 1
+    assert Path("proof", "proof.json").exists()
 
 
 def test_own_method(run):

@@ -31,7 +31,7 @@ def own_registry(monkeypatch):
     """Methods that a page registers are forgotten afterwards."""
     from diffaccel import method
 
-    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setattr(method, "_REGISTRY", method.registry())
 
 
 def test_every_block_has_a_language_that_is_checked():
