@@ -45,6 +45,9 @@ CONFLICTS: dict[frozenset[str], str] = {
         "token_merging and token_downsampling both shorten the same self-attentions: after merging there is no token "
         "grid left to downsample; use one of them."
     ),
+    frozenset({"token_merging", "region_sampling"}): (
+        "token_merging matches tokens over the whole grid, and region_sampling computes only some of them; use one of them."
+    ),
 }
 
 

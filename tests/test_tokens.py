@@ -10,13 +10,8 @@ from tiny import KINDS, run, tiny_pipeline
 import diffaccel
 from diffaccel import TokenDownsampling, TokenMerging
 from diffaccel.methods.token_downsampling import average_tokens, nearest_tokens
-from diffaccel.methods.token_merging import (
-    SlotMap,
-    guidance_importance,
-    important_destinations,
-    match_tokens,
-    window_destinations,
-)
+from diffaccel.methods.token_maps import SlotMap, matched_map
+from diffaccel.methods.token_matchers import guidance_importance, important_destinations, window_destinations
 from diffaccel.methods.tokens import Verdict, grid
 from diffaccel.model_map import describe
 
@@ -55,8 +50,7 @@ def slow_slots(metric, kept, rest, removed, favoured=None):
 
 
 def groups_of(slots):
-    view = slots.slot.view(slots.rows, -1)
-    return [{frozenset((row == value).nonzero().flatten().tolist()) for value in row.unique()} for row in view]
+    return [{frozenset((row == value).nonzero().flatten().tolist()) for value in row.unique()} for row in slots.slot]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75])
@@ -66,7 +60,7 @@ def test_matching_equals_the_slow_version(size, ratio):
     metric = tokens(3, count)
     kept, rest = window_destinations(*size, generator())
     removed = int(count * ratio)
-    slots = match_tokens(metric, kept, rest, removed)
+    slots = matched_map(metric, kept, rest, removed)
     assert groups_of(slots) == slow_slots(metric, kept, rest, removed)
     assert slots.kept == count - removed
 
@@ -75,7 +69,7 @@ def test_important_matching_equals_the_slow_version():
     importance = torch.rand(2, 64, generator=generator(1))
     metric = tokens(2, 64)
     kept, rest, favoured = important_destinations(importance, 40, generator())
-    slots = match_tokens(metric, kept, rest, 40, favoured)
+    slots = matched_map(metric, kept, rest, 40, favoured)
     assert groups_of(slots) == slow_slots(metric, kept, rest, 40, favoured)
     for b in range(2):
         pool = set(importance[b].argsort(descending=True)[:34].tolist())  # ceil(1.4 * 24)
@@ -100,10 +94,10 @@ def test_destinations_are_one_per_window(size):
 def test_merge_is_the_group_mean_and_unmerge_copies_it(dtype):
     count = 48
     kept, rest = window_destinations(6, 8, generator())
-    slots = match_tokens(tokens(2, count), kept, rest, 24).repeat(2)
+    slots = matched_map(tokens(2, count), kept, rest, 24)
     x = tokens(4, count, 5).to(dtype)
     back = slots.unmerge(slots.merge(x))
-    for row, groups in enumerate(groups_of(slots)):
+    for row, groups in enumerate(groups_of(slots) * 2):
         for members in groups:
             mean = x[row, sorted(members)].double().mean(0)
             for member in members:
@@ -111,17 +105,18 @@ def test_merge_is_the_group_mean_and_unmerge_copies_it(dtype):
 
 
 def test_branches_share_the_map():
+    """Rows are ordered branch by branch: row b of the batch uses the map of image b modulo the images."""
     kept, rest = window_destinations(4, 4, generator())
-    slots = match_tokens(tokens(3, 16), kept, rest, 8)
-    twice = slots.repeat(2)
-    assert groups_of(twice) == groups_of(slots) * 2
-    assert twice.rows == 6
-    assert slots.repeat(1) is slots
+    slots = matched_map(tokens(3, 16), kept, rest, 8)
+    x = tokens(6, 16, 5)
+    first, second = (slots.unmerge(slots.merge(half)) for half in x.chunk(2))
+    assert torch.equal(slots.unmerge(slots.merge(x)), torch.cat([first, second]))
+    assert slots.images == 3
 
 
 def test_without_removal_merging_changes_nothing():
     x = tokens(2, 16)
-    slots = match_tokens(x, *window_destinations(4, 4, generator()), 0)
+    slots = matched_map(x, *window_destinations(4, 4, generator()), 0)
     assert torch.equal(slots.unmerge(slots.merge(x)), x)
     assert isinstance(slots, SlotMap)
 

@@ -24,7 +24,7 @@ from tiny_transformers import tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
-from diffaccel import GuidanceInterval, Recipe, TokenMerging, Unsupported, doctor
+from diffaccel import GuidanceInterval, Recipe, TokenDownsampling, Unsupported, doctor
 from diffaccel.cli import app
 from diffaccel.contest import Runner
 from diffaccel.contest import Settings as ContestSettings
@@ -33,7 +33,7 @@ from diffaccel.loading import LoadError, load_pipeline, set_scheduler
 
 FEWER = Recipe(
     name="both kinds",
-    methods=(TokenMerging(),),
+    methods=(TokenDownsampling(),),
     transformer_methods=(GuidanceInterval(start_fraction=0.2, stop_fraction=0.7),),
 )
 
@@ -142,21 +142,21 @@ def test_doctor(sd3_folder):
     assert found["attention"] == {"JointAttnProcessor2_0": 2}
     checks = {check["name"]: check for check in found["methods"]}
     assert checks["guidance_interval"]["applies"]
-    assert checks["token_merging"] == {
-        "name": "token_merging",
+    assert checks["token_downsampling"] == {
+        "name": "token_downsampling",
         "applies": False,
-        "reason": "token_merging works on UNets; SD3Transformer2DModel is a diffusion transformer.",
+        "reason": "token_downsampling works on UNets; SD3Transformer2DModel is a diffusion transformer.",
     }
     assert "needs long skips" in checks["skip_cache"]["reason"]
 
 
 def test_doctor_asks_the_methods_that_would_run(sd3, monkeypatch):
     """A recipe for both kinds of denoisers is judged by its methods for transformers."""
-    wrong = Recipe(name="wrong", methods=(GuidanceInterval(low=0.5),), transformer_methods=(TokenMerging(),))
+    wrong = Recipe(name="wrong", methods=(GuidanceInterval(low=0.5),), transformer_methods=(TokenDownsampling(),))
     monkeypatch.setattr("diffaccel.recipe.presets", lambda: {"both kinds": FEWER, "wrong": wrong})
     found = {check.name: check for check in doctor.check_pipeline(sd3).presets}
     assert found["both kinds"].applies
-    assert "token_merging works on UNets" in found["wrong"].reason
+    assert "token_downsampling works on UNets" in found["wrong"].reason
 
 
 @pytest.mark.parametrize("size", [(72, 64), (64, 40), (0, 64)])
@@ -271,10 +271,10 @@ def test_classes_instead_of_prompts_are_refused():
 
 def test_methods_for_unets_are_refused_before_any_picture(sd3_folder, tmp_path):
     recipe = tmp_path / "recipe.json"
-    Recipe(name="unet", methods=(TokenMerging(),)).save(recipe)
+    Recipe(name="unet", methods=(TokenDownsampling(),)).save(recipe)
     result = run("generate", "a", "--model", sd3_folder, "--recipe", recipe, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "token_merging works on UNets; SD3Transformer2DModel is a diffusion" in " ".join(result.stderr.split())
+    assert "token_downsampling works on UNets; SD3Transformer2DModel is a diffusion" in " ".join(result.stderr.split())
     with pytest.raises(Unsupported):
         doctor._check_recipe(load_pipeline(str(sd3_folder), device="cpu"), Recipe.load(recipe))
 

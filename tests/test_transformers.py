@@ -39,7 +39,6 @@ from diffaccel import (
     SkipCache,
     StepReuse,
     TokenDownsampling,
-    TokenMerging,
     Unsupported,
 )
 
@@ -509,7 +508,7 @@ def test_caches_tell_the_truth(kind):
 # --- what cannot work says so ---
 
 
-@pytest.mark.parametrize("method", [TokenMerging(), TokenDownsampling()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [TokenDownsampling()], ids=lambda method: method.name)
 def test_methods_for_unets_refuse(cell, method):
     pipe, _, _ = cell
     name = type(pipe.transformer).__name__

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from diffaccel.models.unet import AttentionSite
 from diffaccel.run import Call, Proceed, Run
 from diffaccel.seams import Seams
 
+T = TypeVar("T")
 MinTokens = Literal["measured"] | Annotated[int, Field(ge=1)]
 
 
@@ -39,13 +40,18 @@ class Shortener(Protocol):
 
 @dataclass
 class Verdict:
-    """What was measured for one level: seconds of one self-attention, FLOPs saved in all of them together."""
+    """What was measured for one level: seconds of one self-attention, FLOPs saved in all of them together.
+
+    Attributes:
+        preparing_flops: of what all of them share, on evaluations where that is made anew.
+    """
 
     tokens: int
     channels: int
     dense_seconds: float
     short_seconds: float
     saved_flops: int
+    preparing_flops: int = 0
 
     @property
     def pays(self) -> bool:
@@ -53,9 +59,55 @@ class Verdict:
         return self.short_seconds < self.dense_seconds
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is shortened in calls of one shape, and what that saves."""
+
+    active: frozenset[Any]
+    saved: int
+    preparing: int
+
+    @classmethod
+    def of(cls, active: frozenset[Any], verdicts: Sequence[Verdict]) -> Plan:
+        """From the verdicts on what is active."""
+        return cls(active, sum(v.saved_flops for v in verdicts), sum(v.preparing_flops for v in verdicts))
+
+    def saved_flops(self, *, fresh: bool) -> int:
+        """FLOPs that a complete call saves; `fresh` ones prepare first."""
+        return self.saved - self.preparing * fresh
+
+
+@dataclass
+class Kept(Generic[T]):
+    """What is prepared for one evaluation and kept over `reuse` of them; a call for other pictures gets its own.
+
+    The second guidance branch of an evaluation, where it is a call of its own, meets what the first one made: what
+    differed between them would be multiplied by the guidance scale.
+    """
+
+    key: Any = None
+    evaluation: int = 0
+    value: T | None = None
+
+    def get(self, call: Call, run: Run, settings: tuple[int, Any], make: Callable[[], T]) -> tuple[bool, T]:
+        """(whether it is new, the prepared thing) for this call; `settings`: evaluations to keep it, what it is for."""
+        whole = run.images is not None and call.rows == run.images * len(call.branches)
+        if not whole:  # some of the pictures only
+            return True, make()
+        key, now = (call.lane[0], tuple(call.sample.shape[1:]), run.images, settings), run.clock.evaluation
+        if self.value is None or key != self.key or now - self.evaluation >= settings[0]:
+            self.key, self.evaluation, self.value = key, now, make()
+            return True, self.value
+        return False, self.value
+
+
 @dataclass
 class TokenSites:
-    """The token method's view of one run: patches every spatial transformer and self-attention, active or not."""
+    """The token method's view of one run: patches every spatial transformer and self-attention, active or not.
+
+    Attributes:
+        reuse: evaluations that share what a shortener prepared.
+    """
 
     name: str
     model: ModelMap
@@ -63,10 +115,12 @@ class TokenSites:
     make: Callable[[], Shortener]
     settings: Any
     min_tokens: MinTokens
+    reuse: int = 1
     active_levels: frozenset[int] = frozenset()
     branches: int = 1
     shorteners: dict[int, Shortener] = field(default_factory=dict)
-    _planned: dict[Any, tuple[frozenset[int], int]] = field(default_factory=dict)
+    _planned: dict[Any, Plan] = field(default_factory=dict)
+    _kept: Kept[dict[int, Shortener]] = field(default_factory=lambda: Kept())
 
     def attach(self, seams: Seams) -> None:
         """Patch all attention sites; whether they act is decided by the plan of the current call."""
@@ -80,16 +134,20 @@ class TokenSites:
         if not enabled:
             self.active_levels = frozenset()
             return proceed(call)
-        self.active_levels, saved = self.plan(call)
+        plan = self.plan(call)
+        self.active_levels = plan.active
         self.branches = max(len(call.branches), 1)
-        self.shorteners = {level: self.make() for level in self.active_levels}
+        fresh, self.shorteners = self._kept.get(
+            call, self.run, (self.reuse, plan.active), lambda: {level: self.make() for level in self.active_levels}
+        )
         self.run.count(self.name, **{"shortened evaluations": int(bool(self.active_levels))})
+        tags = (self.name, self.settings, self.active_levels, fresh)
         try:
-            return proceed(call.tagged((self.name, self.settings, self.active_levels), saved_flops=saved))
+            return proceed(call.tagged(tags, saved_flops=plan.saved_flops(fresh=fresh)))
         finally:
             self.active_levels = frozenset()
 
-    def plan(self, call: Call) -> tuple[frozenset[int], int]:
+    def plan(self, call: Call) -> Plan:
         """Levels to shorten for calls of this shape, and the FLOPs this saves in a complete call."""
         key = (
             self.name,
@@ -103,10 +161,7 @@ class TokenSites:
             verdicts = {level: self._verdict(level, call, key) for level in self._levels()}
             levels = frozenset(level for level, v in verdicts.items() if self._wanted(v))
             self._describe(verdicts, levels)
-            self._planned[key] = (
-                levels,
-                sum(verdicts[level].saved_flops for level in levels),
-            )
+            self._planned[key] = Plan.of(levels, [verdicts[level] for level in levels])
         return self._planned[key]
 
     def _levels(self) -> list[int]:
@@ -144,12 +199,12 @@ class TokenSites:
 
         with torch.no_grad():
             shortener, preparing = count_flops(prepared)
-            saved = (count_flops(dense)[1] - count_flops(short)[1]) * len(attentions) - preparing
+            saved = (count_flops(dense)[1] - count_flops(short)[1]) * len(attentions)
             times = (0.0, 0.0)
             if self.min_tokens == "measured":  # one preparation serves all attentions on this grid
-                share = median_seconds(prepared, hidden.device) / len(attentions)
+                share = median_seconds(prepared, hidden.device) / (len(attentions) * self.reuse)
                 times = median_seconds(short, hidden.device) + share, median_seconds(dense, hidden.device)
-            return Verdict(height * width, hidden.shape[-1], times[1], times[0], saved)
+            return Verdict(height * width, hidden.shape[-1], times[1], times[0], saved, preparing)
 
     def _describe(self, verdicts: dict[int, Verdict], levels: frozenset[int]) -> None:
         counter = self.run.counters.setdefault(self.name, {})
