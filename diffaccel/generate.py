@@ -101,7 +101,7 @@ def generate(
         assert report is not None  # set by every call
         for job, image in zip(batch, images, strict=True):
             info = (
-                png_info(_describe(fast, job, settings, image, report, len(batch), model))
+                png_info(describe_picture(fast, job, settings, image, report, len(batch), model))
                 if settings.metadata
                 else None
             )
@@ -166,9 +166,10 @@ def _refuse_unknown(pipe: Any, arguments: dict[str, Any]) -> None:
         raise GenerateError(f"{type(pipe).__name__} needs {missing[0]!r}; this command generates from text alone.")
 
 
-def _describe(
+def describe_picture(
     fast: AcceleratedPipeline, job: Job, settings: Settings, image: Any, report: Report, images: int, model: str
 ) -> Generation:
+    """What a picture of a call says about itself; `images` is how many the call made."""
     return Generation(
         prompt=job.prompt,
         negative_prompt=settings.negative,
