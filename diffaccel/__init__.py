@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diffaccel.methods import RegionSampling as RegionSampling
     from diffaccel.methods import ResidualCache as ResidualCache
     from diffaccel.methods import SkipCache as SkipCache
+    from diffaccel.methods import SparseAttention as SparseAttention
+    from diffaccel.methods import SparseCrossAttention as SparseCrossAttention
     from diffaccel.methods import StepReuse as StepReuse
     from diffaccel.methods import StepSchedule as StepSchedule
     from diffaccel.methods import TokenDownsampling as TokenDownsampling
@@ -58,8 +60,10 @@ _HOME = {
     "BlockCache": "methods",
     "Forecast": "methods",
     "Erase": "methods",
+    "SparseCrossAttention": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",
+    "SparseAttention": "methods",
     "StepReuse": "methods",
     "StepSchedule": "methods",
     "add_skip_branches": "skip_branches",

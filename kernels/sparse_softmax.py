@@ -100,9 +100,12 @@ def _sparse_softmax_torch(
 
 _TILES = {  # by keys, rounded up to a power of two: all of them, times the rows, sit in registers
     ((8, 0), 128): Tile(64, 128, warps=4, stages=1),
-    ((8, 0), 256): Tile(32, 256, warps=4, stages=1),
-    ((8, 0), 512): Tile(16, 512, warps=4, stages=1),
+    ((8, 0), 256): Tile(32, 256, warps=8, stages=1),
+    ((8, 0), 512): Tile(16, 512, warps=8, stages=1),  # 4 warps, or 64 rows, spill
 }
+_MOST_BYTES = (
+    2**16
+)  # of all keys over the first piece of their channels, so that they fit the shared memory of every GPU
 
 
 @triton.jit
@@ -250,7 +253,10 @@ def _sparse_softmax_triton(
 
 
 def _supported(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **settings: Any) -> bool:
-    fits = 1 <= key.shape[2] <= MOST_KEYS and query.shape[3] == value.shape[3] <= 256
+    keys, size = key.shape[2:]
+    if not 1 <= keys <= MOST_KEYS or not size == value.shape[3] <= 256:
+        return False
+    fits = power_of_two(keys) * pieces(size)[0] * key.element_size() <= _MOST_BYTES
     return fits and all(tensor.stride(3) == 1 for tensor in (query, key, value))
 
 
@@ -265,7 +271,7 @@ def extra_flops(scores: int) -> int:
 
 def _flops(query: Any, key: Any, value: Any, bias: Any = None, out_shape: Any = None, **settings: Any) -> int:
     batch, heads, queries, _ = query
-    return int(sdpa_flop_count(query, key, value)) + extra_flops(batch * heads * queries * key[2])  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value)) + extra_flops(batch * heads * queries * key[2])
 
 
 _operator = register(

@@ -28,6 +28,7 @@ from diffaccel import (
     RegionSampling,
     ResidualCache,
     SkipCache,
+    SparseCrossAttention,
     StepReuse,
     StepSchedule,
     TokenDownsampling,
@@ -55,8 +56,8 @@ TRANSFORMERS_ONLY = {
     "region_sampling": RegionSampling(),
     "block_cache": BlockCache(),
 }
-# Saves nothing and needs a file for each pipeline: tests/test_erasure_apply.py.
-CHANGES_PICTURES = {"erase": Erase()}
+# These save nothing; they have files of their own: test_erasure_apply.py, test_sparse_cross_attention.py.
+CHANGES_PICTURES = {"erase": Erase(), "sparse_cross_attention": SparseCrossAttention()}
 ALL = {
     "all with merging": [
         StepSchedule(fraction=0.9),

@@ -8,6 +8,8 @@ from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInte
 from diffaccel.methods.region_sampling import RegionSampling as RegionSampling
 from diffaccel.methods.residual_cache import ResidualCache as ResidualCache
 from diffaccel.methods.skip_cache import SkipCache as SkipCache
+from diffaccel.methods.sparse_attention import SparseAttention as SparseAttention
+from diffaccel.methods.sparse_cross_attention import SparseCrossAttention as SparseCrossAttention
 from diffaccel.methods.step_reuse import StepReuse as StepReuse
 from diffaccel.methods.step_schedule import StepSchedule as StepSchedule
 from diffaccel.methods.token_downsampling import TokenDownsampling as TokenDownsampling

@@ -1,0 +1,179 @@
+"""Where text and image meet: separate cross-attentions, joint attentions, and what a pipeline calls its negative text.
+
+Everything here was read in diffusers 0.42.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from diffaccel.errors import Unsupported
+from diffaccel.models.transformers import TransformerLayout
+from diffaccel.models.unet import UNetLayout
+from diffaccel.run import Call
+
+
+@dataclass(frozen=True)
+class CrossSite:
+    """One attention from image tokens to text tokens.
+
+    Attributes:
+        attention: the module, called with (rows, image tokens, channels) and `encoder_hidden_states`.
+        scale_down: image tokens along an axis are this many times fewer than latent cells, rounded up.
+    """
+
+    attention: Any
+    scale_down: int
+
+    def queries(self, call: Call) -> int:
+        """Image tokens of a row."""
+        return math.prod(-(-side // self.scale_down) for side in call.sample.shape[-2:])
+
+
+@dataclass(frozen=True)
+class JointSite:
+    """One attention over text and image tokens together.
+
+    Attributes:
+        attention: the module.
+        text_first: its merged output is one sequence with the text in front and has no projection of its own (FLUX's
+            single blocks); False where image tokens leave through `to_out`.
+    """
+
+    attention: Any
+    text_first: bool
+
+
+@dataclass(frozen=True)
+class NegativeText:
+    """Where the negative text is among the outputs of a pipeline's `encode_prompt`.
+
+    Attributes:
+        embeddings: number of the output with one row per token; None if `encode_prompt` knows no negative prompts and is
+            called a second time (FLUX), when it is the first output.
+        mask: number of the output with its attention mask.
+    """
+
+    embeddings: int | None
+    mask: int | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Names of one class. `kind`: separate cross-attentions, or joint attention of text and image."""
+
+    kind: Literal["cross", "joint"]
+    blocks: tuple[tuple[str, str], ...]
+    negative: NegativeText | None = None
+
+
+_ENTRIES = {
+    "PixArtTransformer2DModel": _Entry("cross", (("transformer_blocks", "attn2"),), NegativeText(2, 3)),
+    "SanaTransformer2DModel": _Entry("cross", (("transformer_blocks", "attn2"),)),
+    "HunyuanDiT2DModel": _Entry("cross", (("blocks", "attn2"),)),
+    "SD3Transformer2DModel": _Entry("joint", (("transformer_blocks", "attn"),), NegativeText(1)),
+    "FluxTransformer2DModel": _Entry(
+        "joint", (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), NegativeText(None)
+    ),
+}
+_UNET_NEGATIVE = NegativeText(1)
+
+
+def cross_sites(method: str, network: nn.Module, layout: UNetLayout | TransformerLayout) -> tuple[CrossSite, ...]:
+    """All separate cross-attentions of a denoiser.
+
+    Raises:
+        Unsupported: there are none, or their text is not only text.
+    """
+    sites = _unet_sites(network, layout) if isinstance(layout, UNetLayout) else _transformer_sites(network, layout)
+    if not sites:
+        raise Unsupported(f"{method} does not work on {type(network).__name__}: {_why(network, layout)}.")
+    _refuse_adapters(method, network)
+    return sites
+
+
+def joint_sites(method: str, network: nn.Module) -> tuple[JointSite, ...]:
+    """All attentions over text and image tokens; () if this denoiser has separate cross-attentions.
+
+    Raises:
+        Unsupported: an IP-Adapter is loaded.
+    """
+    entry = _ENTRIES.get(type(network).__name__)
+    if entry is None or entry.kind != "joint":
+        return ()
+    _refuse_adapters(method, network)
+    return tuple(
+        JointSite(attention, text_first=bool(getattr(attention, "pre_only", None)))
+        for blocks, name in entry.blocks
+        for block in _list(network, blocks)
+        if (attention := getattr(block, name)) is not None
+    )
+
+
+def negative_text(method: str, network: nn.Module, layout: UNetLayout | TransformerLayout) -> NegativeText:
+    """How to get negative text for this denoiser.
+
+    Raises:
+        Unsupported: unknown, or the text reaches more than the cross-attentions.
+    """
+    if isinstance(layout, UNetLayout):
+        config: Any = network.config
+        if config.addition_embed_type not in (None, "text_time") or config.encoder_hid_dim_type not in (
+            None,
+            "text_proj",
+        ):
+            raise Unsupported(f"{method}: the text of this UNet reaches more than its cross-attentions.")
+        return _UNET_NEGATIVE
+    entry = _ENTRIES.get(type(network).__name__)
+    if entry is None or entry.negative is None:
+        known = ", ".join(name for name, known in _ENTRIES.items() if known.negative)
+        raise Unsupported(
+            f"{method} does not work on {type(network).__name__}; it works on UNet2DConditionModel, {known}."
+        )
+    return entry.negative
+
+
+def _unet_sites(network: nn.Module, layout: UNetLayout) -> tuple[CrossSite, ...]:
+    return tuple(
+        CrossSite(block.attn2, 2**site.level)
+        for site in layout.attention
+        for block in _list(site.transformer, "transformer_blocks")
+        if getattr(block, "attn2", None) is not None and block.attn2.is_cross_attention
+    )
+
+
+def _transformer_sites(network: nn.Module, layout: TransformerLayout) -> tuple[CrossSite, ...]:
+    entry = _ENTRIES.get(type(network).__name__)
+    if entry is None or entry.kind != "cross":
+        return ()
+    return tuple(
+        CrossSite(getattr(block, name), layout.patch)
+        for blocks, name in entry.blocks
+        for block in _list(network, blocks)
+    )
+
+
+def _list(owner: Any, name: str) -> list[Any]:
+    return list(getattr(owner, name))
+
+
+def _why(network: nn.Module, layout: UNetLayout | TransformerLayout) -> str:
+    if type(network).__name__ == "DiTTransformer2DModel":
+        return "it draws class numbers and reads no text"
+    if isinstance(layout, TransformerLayout) and layout.stacks[0].outputs != ("image",):
+        return "text and image share one softmax there; only separate cross-attention to text can be made sparse"
+    return (
+        "its cross-attention is not covered" if isinstance(layout, TransformerLayout) else "it has no cross-attention"
+    )
+
+
+def _refuse_adapters(method: str, network: nn.Module) -> None:
+    for module in network.modules():
+        if hasattr(getattr(module, "processor", None), "to_k_ip"):
+            raise Unsupported(
+                f"{method} does not work beside an IP-Adapter, whose picture tokens enter the same attentions; unload it."
+            )
