@@ -29,6 +29,7 @@ class Report:
         notes: sentences worth reading: fallbacks, blocks left alone, settings without effect.
         trace: one entry per executed network call (network, evaluation, sigma, rows, flops, what the methods decided).
         regions: how often each token was computed; None without region sampling.
+        operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Report:
     notes: tuple[str, ...] = ()
     trace: tuple[Evaluation, ...] = field(default=(), repr=False)
     regions: RegionCounts | None = field(default=None, repr=False)
+    operators: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def region_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How often each token was computed: (images, h, w) over the token grid.
@@ -82,7 +84,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; the trace is left out."""
         keys = ("steps", "evaluations", "rows", "seconds", "flops", "flops_plain", "completed", "recipe", "methods")
-        return {key: getattr(self, key) for key in keys} | {"notes": list(self.notes)}
+        return {key: getattr(self, key) for key in keys} | {
+            "notes": list(self.notes),
+            "operators": self.operators,
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -94,6 +99,8 @@ class Report:
         ]
         for name, counts in self.methods.items():
             lines.append(f"{name:<22}" + ", ".join(f"{key} {value}" for key, value in counts.items()))
+        for name, paths in self.operators.items():
+            lines.append(f"operator {name:<22}" + ", ".join(f"{path} {calls}" for path, calls in paths.items()))
         return "\n".join(lines + [f"note: {sentence}" for sentence in self.notes])
 
 
@@ -113,6 +120,7 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
         notes=tuple(run.notes),
         trace=tuple(run.evaluations),
         regions=run.regions,
+        operators=run.operators,
     )
 
 

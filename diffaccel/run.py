@@ -272,6 +272,7 @@ class Run:
         counters: per method name, what it did; printed in the report.
         regions: how often each token was computed; None without region sampling.
         notes: sentences for the report (things a user should know, fallbacks included).
+        operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
     """
 
     clock: Clock
@@ -291,6 +292,7 @@ class Run:
     counters: dict[str, dict[str, Any]] = field(default_factory=dict)
     regions: RegionCounts | None = None
     notes: list[str] = field(default_factory=list)
+    operators: dict[str, dict[str, int]] = field(default_factory=dict)
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
+from diffaccel.kernels.registration import recording
 from diffaccel.method import Method
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, describe
@@ -74,7 +75,7 @@ class AcceleratedPipeline:
         methods = [method for method in self.recipe.methods if not method.is_off]
         started, completed = time.perf_counter(), False
         try:
-            with Seams() as seams:
+            with Seams() as seams, recording(run.operators):
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
                 if convention.images is not None:
                     run.images = convention.images(_by_name(self.pipe, *arguments))

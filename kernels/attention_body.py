@@ -415,7 +415,6 @@ def attention_body_kernel(
     out_ptr += (b * out_batch + h * out_head) * UNIT
     places = tl.arange(0, BM)
     columns = tl.arange(0, BN)
-    d0 = tl.arange(0, D0)
     if LISTED:
         rows = tl.load(query_table_ptr + tile * BM + places)
         listed = (b * heads + h) * tl.num_programs(0) + tile
@@ -435,7 +434,7 @@ def attention_body_kernel(
         acc1 = tl.zeros((BM, D1), tl.float32)
     highest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         if LISTED:
             block = tl.load(blocks_ptr + step)
             tokens = tl.load(key_table_ptr + block * BN + columns)

@@ -81,8 +81,8 @@ def token_blocks(
         raise Unsupported(f"block selection: a grid of {grid[0]} x {grid[1]} tokens does not fit {picture} tokens.")
     order = torch.cat([patch_order(*grid, patch), torch.arange(cells, picture)]) + before
     text = torch.cat([torch.arange(before), torch.arange(before + picture, before + picture + after)])
-    tables = [torch.cat([_chunks(order, size), _chunks(text, size)]) for size in block]
-    return TokenBlocks(*tables, -(-picture // block[0]), -(-picture // block[1]))
+    queries, keys = (torch.cat([_chunks(order, size), _chunks(text, size)]) for size in block)
+    return TokenBlocks(queries, keys, -(-picture // block[0]), -(-picture // block[1]))
 
 
 def _chunks(tokens: torch.Tensor, size: int) -> torch.Tensor:
