@@ -48,6 +48,12 @@ CONFLICTS: dict[frozenset[str], str] = {
     frozenset({"token_merging", "region_sampling"}): (
         "token_merging matches tokens over the whole grid, and region_sampling computes only some of them; use one of them."
     ),
+    frozenset({"sparse_attention", "region_sampling"}): (
+        "sparse_attention divides all tokens into blocks, and region_sampling computes only some of them; use one of them."
+    ),
+    frozenset({"sparse_attention", "token_merging"}): (
+        "sparse_attention divides the token grid into blocks, and merged tokens stand in no grid; use one of them."
+    ),
 }
 
 
