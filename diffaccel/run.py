@@ -262,6 +262,7 @@ class Run:
     Attributes:
         clock: the only step counter; methods read it and never count for themselves.
         row_order, calls, sample_name, listed, lengths: the pipeline's convention (pipelines/conventions.py).
+        arguments: the pipeline call's arguments by name, as the methods changed them.
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
         guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
@@ -282,6 +283,7 @@ class Run:
     sample_name: str = "sample"
     listed: frozenset[str] = frozenset()
     lengths: frozenset[str] = frozenset()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
     guided: bool = True

@@ -77,8 +77,9 @@ class AcceleratedPipeline:
         try:
             with Seams() as seams, recording(run.operators):
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
+                run.arguments = _by_name(self.pipe, *arguments)
                 if convention.images is not None:
-                    run.images = convention.images(_by_name(self.pipe, *arguments))
+                    run.images = convention.images(run.arguments)
                 _attach(model, methods, run, seams)
                 result = self.pipe(*arguments[0], **arguments[1])
             completed = True
