@@ -113,13 +113,14 @@ def _rows(candidates: dict[str, Method], *, erase: bool) -> Iterator[tuple[str, 
             yield (family if len(groups) == 1 else f"{family}: {', '.join(alike)}"), dict(answers_)
 
 
-def _grid(head: str, rows: list[tuple[str, dict[str, str]]]) -> str:
+def _grid(head: str, rows: list[tuple[str, dict[str, str]]], *, code: bool = True) -> str:
     """Cases down, methods across, and numbers for the reasons, which are listed below."""
     columns = list(rows[0][1])
     reasons = list(dict.fromkeys(answer for _, row in rows for answer in row.values() if answer != "yes"))
     cells = [[name, *(_cell(row[column], reasons) for column in columns)] for name, row in rows]
     listed = "\n".join(f"{number}. {reason.removeprefix(NOTE)}" for number, reason in enumerate(reasons, 1))
-    return f"{table([head, *(f'`{column}`' for column in columns)], cells)}\n\n{listed}"
+    header = [head, *(f"`{column}`" if code else column for column in columns)]
+    return f"{table(header, cells)}\n\n{listed}"
 
 
 NOTE = "note: "  # the run goes on, and the report says that there was nothing to do
@@ -132,8 +133,10 @@ def _cell(answer: str, reasons: list[str]) -> str:
 
 
 def unets() -> str:
-    """Methods on families around a UNet."""
-    return _grid("Pipelines", [row for row in _rows(methods(), erase=True) if _is_unet(row[0])])
+    """Methods on families around a UNet: few families, so methods go down."""
+    rows = [row for row in _rows(methods(), erase=True) if _is_unet(row[0])]
+    turned = [(f"`{name}`", {family: answers[name] for family, answers in rows}) for name in rows[0][1]]
+    return _grid("Method", turned, code=False)
 
 
 def transformers() -> str:

@@ -119,13 +119,12 @@ def facts(name: str) -> str:
     """Class, place in the nesting order and what it cannot run beside."""
     cls = registry()[name]
     others = sorted(other for pair in CONFLICTS if name in pair for other in pair if other != name)
-    rows = [
-        ("In Python", f"`diffaccel.methods.{cls.__name__}`"),
-        ("In a recipe file", f'`{{"method": "{name}", ...}}`'),
-        ("Nests in layer", f"{cls.layer.name.lower()} ({cls.layer.value}; 0 is outermost)"),
-        ("Not together with", ", ".join(f"`{other}`" for other in others) or "no restriction"),
-    ]
-    return table(("", ""), rows)
+    return f"""\
+- In Python: `diffaccel.methods.{cls.__name__}`
+- In a recipe file: `{{"method": "{name}", ...}}`
+- Nests in layer: {cls.layer.name.lower()} ({cls.layer.value}; 0 is outermost)
+- Not together with: {", ".join(f"`{other}`" for other in others) or "no restriction"}
+"""
 
 
 def conflicts() -> str:
