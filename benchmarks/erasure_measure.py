@@ -53,11 +53,19 @@ class Bench:
         self.null = null_states(self.pipe, self.drawing, [])
 
     def look(self, prompts: Sequence[str], first: int = 0, pipe: Any = None) -> Seen:
-        """Draw and read."""
-        start = self.drawing.seed + first
-        seeds = range(start, start + len(prompts))
-        pictures = draw(pipe or self.pipe, prompts, self.drawing, seeds=seeds)
+        """Draw and read; prompt i gets seed first + i, beside the seed of the run."""
+        return self.look_at(prompts, range(first, first + len(prompts)), pipe)
+
+    def look_at(self, prompts: Sequence[str], seeds: Sequence[int], pipe: Any = None) -> Seen:
+        """The same with a seed for each prompt, added to the seed of the run."""
+        drawn = [self.drawing.seed + seed for seed in seeds]
+        pictures = draw(pipe or self.pipe, prompts, self.drawing, seeds=drawn)
         return Seen(pictures, self.judge.read(pictures), self.judge.features(pictures))
+
+    def kept(self, task: Task) -> list[int]:
+        """Positions in the pool of the prompts that show nothing erased."""
+        erased = [attributes(word) for word in task.targets]
+        return [i for i, case in enumerate(self.pool) if not shown(case.scene, erased)]
 
     def erased(self, word: str) -> dict[str, list[PromptCase]]:
         """Prompts that name a concept by each of its words."""
@@ -77,7 +85,8 @@ def measure(bench: Bench, edit: Any, task: Task, kept: Sequence[str], attacks: S
     unedited = _unedited(bench, task, attacks)
     apply_edit(bench.pipe, edit)
     try:
-        after = bench.look([case.prompt for case in bench.pool])
+        rows = bench.kept(task)
+        after = bench.look_at([bench.pool[i].prompt for i in rows], rows)
         erased = {word: bench.look(_prompts(bench, word), ERASED_SEED) for word in task.targets}
         null = predict(bench.pipe, *bench.null)
         attacked = {name: _attack(bench, name, unedited.material) for name in attacks}
@@ -177,16 +186,15 @@ def _beside(bench: Bench, task: Task, before: Mapping[str, Seen], after: Mapping
 
 
 def _keeping(bench: Bench, task: Task, kept: Sequence[str], after: Seen) -> dict[str, Any]:
-    """What happened to the prompts of the pool that show nothing erased."""
-    erased = [attributes(word) for word in task.targets]
-    rows = [i for i, case in enumerate(bench.pool) if not shown(case.scene, erased)]
-    before, cases = bench.pool_before, [bench.pool[i] for i in rows]
-    classes = _classes(bench, rows, before, after)
+    """What happened to the prompts of the pool that show nothing erased; `after` is of these alone."""
+    rows = bench.kept(task)
+    before, cases = _part(bench.pool_before, rows), [bench.pool[i] for i in rows]
+    classes = _classes(cases, before, after)
     listed = {item for text in kept if len(attributes(text)) == 1 for item in attributes(text)}
     changes = {name: found for name, found in classes.items() if found["prompts"] >= FEWEST} or classes
     worst = min(changes, key=lambda name: changes[name]["change"].mean)
-    correct = [bench.judge.score(s.pictures[rows], cases).correct for s in (before, after)]
-    old, new = before.features[rows], after.features[rows]
+    correct = [bench.judge.score(s.pictures, cases).correct for s in (before, after)]
+    old, new = before.features, after.features
     named_ = {name: found for name, found in changes.items() if (found["field"], name) in listed}
     others = {name: found for name, found in changes.items() if name not in named_}
     return {
@@ -196,21 +204,25 @@ def _keeping(bench: Bench, task: Task, kept: Sequence[str], after: Seen) -> dict
         "kept_unlisted_change": _average(others),
         "worst": {"concept": worst, **changes[worst]},
         "classes": classes,
-        "kept_all": _pooled_change(bench, rows, before, after),
+        "kept_all": _pooled_change(cases, before, after),
         "correct_before": binomial(correct[0]),
         "correct": binomial(correct[1]),
         "correct_change": paired_difference(correct[1], correct[0]),
-        "valid_kept": binomial([after.readings[i].valid for i in rows]),
+        "valid_kept": binomial([reading.valid for reading in after.readings]),
         "frechet": frechet_distance(new, old) if enough_for_frechet(old) else None,
-        "pixels": picture_distance(after.pictures[rows], before.pictures[rows]),
+        "pixels": picture_distance(after.pictures, before.pictures),
     }
 
 
-def _classes(bench: Bench, rows: Sequence[int], before: Seen, after: Seen) -> dict[str, dict[str, Any]]:
+def _part(whole: Seen, rows: Sequence[int]) -> Seen:
+    return Seen(whole.pictures[list(rows)], [whole.readings[i] for i in rows], whole.features[list(rows)])
+
+
+def _classes(cases: Sequence[PromptCase], before: Seen, after: Seen) -> dict[str, dict[str, Any]]:
     """For every class that the kept prompts name: how often it was recognised before and after."""
     members: dict[tuple[str, str], list[int]] = {}
-    for i in rows:
-        for item in sorted(named(bench.pool[i])):
+    for i, case in enumerate(cases):
+        for item in sorted(named(case)):
             members.setdefault(item, []).append(i)
     found = {}
     for (field_, name), positions in sorted(members.items()):
@@ -225,10 +237,13 @@ def _classes(bench: Bench, rows: Sequence[int], before: Seen, after: Seen) -> di
     return found
 
 
-def _pooled_change(bench: Bench, rows: Sequence[int], before: Seen, after: Seen) -> Any:
+def _pooled_change(cases: Sequence[PromptCase], before: Seen, after: Seen) -> Any:
     """Interval of the mean change over prompts of the share of their named classes that is recognised."""
     shares = [
-        [sum(seen(s.readings[i], (item,)) for item in named(bench.pool[i])) / len(named(bench.pool[i])) for i in rows]
+        [
+            sum(seen(reading, (item,)) for item in named(case)) / len(named(case))
+            for case, reading in zip(cases, s.readings, strict=True)
+        ]
         for s in (before, after)
     ]
     return paired_difference(shares[1], shares[0])

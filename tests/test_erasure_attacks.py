@@ -314,3 +314,50 @@ def test_a_word_that_stands_in_no_prompt_cannot_be_learned(pipe: Any) -> None:
     with pytest.raises(ProofError, match="'dog' were found in none"):
         attacks.inversion(pipe, material, BUDGET, DRAWING)
     assert_same(before, state(pipe))
+
+
+# --- the closed form within a ball ---
+
+
+def test_shift_within_is_the_best_of_the_ball() -> None:
+    """Against projected gradient descent, which needs no bisection; short of the ball it is the plain solution."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    normal = root.T @ root
+    slope = torch.randn(3, 4, 7, generator=generator, dtype=torch.float64)
+    free = torch.linalg.solve(normal, slope.flatten(0, 1).T).T.reshape(slope.shape)
+    limits = free.flatten(1).norm(dim=1) * torch.tensor([0.2, 0.6, 2.0], dtype=torch.float64)
+    found = attacks.shift_within(normal, slope, limits)
+
+    slow = torch.zeros_like(slope)
+    for _ in range(20_000):
+        slow = slow - (slow @ normal - slope) / torch.linalg.eigvalsh(normal).max()
+        slow = slow * (limits / slow.flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None, None]
+    assert torch.allclose(found, slow, atol=1e-6)
+    assert torch.allclose(found.flatten(1).norm(dim=1)[:2], limits[:2])
+    assert torch.allclose(found[2], free[2])
+
+
+def test_shift_within_leaves_what_nothing_reads() -> None:
+    normal = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    found = attacks.shift_within(normal, torch.tensor([[2.0, 0.0]], dtype=torch.float64), torch.tensor([5.0]).double())
+    assert torch.allclose(found, torch.tensor([[2.0, 0.0]], dtype=torch.float64))
+    still = attacks.shift_within(torch.zeros(2, 2).double(), torch.zeros(1, 2).double(), torch.ones(1).double())
+    assert not still.any()
+
+
+def test_the_near_attack_restores_more_the_farther_it_may_go(pipe: Any, material: Material, edited: Tensor) -> None:
+    text = attacks.join(material.encodings).texts[SEQUENCE]
+    errors = []
+    for radius in (0.1, 0.4, 50.0):
+        found = attacks.closed_form_near(pipe, material, Budget(radius=radius), DRAWING).encoding.texts[SEQUENCE]
+        away = (found - text).flatten(1).norm(dim=1) / text.flatten(1).norm(dim=1)
+        assert bool((away <= radius * (1 + 1e-5)).all())
+        layers = text_layers(pipe)
+        errors.append(
+            sum(
+                float((layers[path](found) - text @ matrix.T.float()).detach().square().sum())
+                for path, matrix in material.matrices[SEQUENCE].items()
+            )
+        )
+    assert errors[0] > 1.2 * errors[1] > 100 * errors[2]

@@ -2,6 +2,8 @@
 
 - `closed_form` (RECE, arXiv:2407.12383): the embedding that makes the edited text projections say what the original ones
   said, by regularised least squares over all of them, then shortened to lengths that real prompts have.
+- `closed_form_near`: the same without the original's length as a crutch: the best embedding within a ball around the
+  prompt's own, so that its radius says how far an attacker has to go.
 - `gradient` (as UnlearnDiffAtk and P4D, without their search for words): projected gradient descent in a ball around
   each prompt's embedding, towards the predictions of the original model on its own trajectory.
 - `inversion` (textual inversion, as in arXiv:2308.01508): new vectors for the concept's tokens at the input of the text
@@ -46,7 +48,7 @@ class Budget:
     Attributes:
         regulariser: of the closed form, relative to the mean diagonal of its normal matrix.
         length: longest row it may use, in lengths of the longest row of the attacked prompts.
-        radius: of the ball of the gradient attack, relative to the norm of the prompt's embedding.
+        radius: of the ball of the gradient attack and of `closed_form_near`, relative to the norm of the prompt's embedding.
         iterations: gradient steps of the two other attacks.
         moments: denoising steps whose predictions they aim at.
         percentile: of the real tokens' norms, the longest vector the inversion may learn.
@@ -126,8 +128,58 @@ def closed_form(pipe: Any, material: Material, budget: Budget, drawing: Drawing)
     return Attacked(whole.replaced(**changed), longest)
 
 
+def closed_form_near(pipe: Any, material: Material, budget: Budget, drawing: Drawing) -> Attacked:
+    """The embedding that restores the original projections best within a ball of `radius` norms around each prompt's."""
+    _, network = denoiser_of(pipe)
+    whole, longest = join(material.encodings), 0.0
+    changed = {}
+    for name, text in whole.texts.items():
+        if not material.matrices[name]:
+            continue
+        normal, cross = normal_matrices(network, material.matrices[name])
+        rows = text.double().cpu()
+        limits = budget.radius * rows.flatten(1).norm(dim=1)
+        shift = shift_within(normal, rows @ (cross - normal).T, limits)
+        longest = max(longest, _relative_length((rows + shift).to(text), text))
+        changed[name] = (rows + shift).to(text)
+    return Attacked(whole.replaced(**changed), longest)
+
+
+def shift_within(normal: Tensor, slope: Tensor, limits: Tensor) -> Tensor:
+    """The minimiser of <s, N s> - 2 <s, g> with ||s|| <= limit, per prompt: s = (N + r I)^-1 g, r >= 0 by bisection.
+
+    Args:
+        normal: N (d, d), positive semidefinite.
+        slope: g (n, ..., d).
+        limits: (n,) positive; the norm runs over everything of a prompt.
+    """
+    values, vectors = torch.linalg.eigh((normal + normal.T) / 2)
+    floor = max(float(values.max()) * 1e-12, 1e-100)  # directions that no projection reads are left alone
+    inside = slope @ vectors
+    size = (-1, *[1] * (slope.dim() - 1))
+
+    def at(ridge: Tensor) -> Tensor:
+        return inside / (values.clamp(min=0) + ridge.reshape(size))
+
+    low = torch.full_like(limits, floor)
+    high = inside.flatten(1).norm(dim=1) / limits + floor  # short enough: ||g|| / r
+    for _ in range(80):
+        middle = (low * high).sqrt()
+        long = at(middle).flatten(1).norm(dim=1) > limits
+        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    shift: Tensor = at(high) @ vectors.T
+    return shift
+
+
 def undo_map(network: nn.Module, originals: Mapping[str, Tensor], regulariser: float) -> Tensor:
     """(d, d) in float64: the map from an embedding to the one that restores its original projections best."""
+    normal, cross = normal_matrices(network, originals)
+    ridge = regulariser * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(normal + ridge))
+
+
+def normal_matrices(network: nn.Module, originals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """N = sum W'^T W' and T = sum W'^T W over the layers as they are now and as they were; (d, d) in float64."""
     layers = dict(network.named_modules())
     width = next(iter(originals.values())).shape[1]
     normal, cross = torch.zeros(2, width, width, dtype=torch.float64).unbind(0)
@@ -135,8 +187,7 @@ def undo_map(network: nn.Module, originals: Mapping[str, Tensor], regulariser: f
         live = live_matrix(layers[path], width)
         normal = normal + live.T @ live
         cross = cross + live.T @ original
-    ridge = regulariser * normal.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(normal + ridge))
+    return normal, cross
 
 
 def _relative_length(rows: Tensor, text: Tensor) -> float:
@@ -276,6 +327,7 @@ def _encode_batch(pipe: Any, material: Material, batch: int, drawing: Drawing) -
 
 BY_NAME: dict[str, Callable[[Any, Material, Budget, Drawing], Attacked]] = {
     "closed_form": closed_form,
+    "closed_form_near": closed_form_near,
     "gradient": gradient,
     "inversion": inversion,
 }

@@ -92,7 +92,7 @@ def prove(
         features: pictures -> (n, d), for distances between sets of pictures; default: the judge's.
         reference: folder with a folder of real pictures per phrase (named as `safe_name` does, e.g. "a-red-heart").
         clip: (CLIPModel, CLIPProcessor), or a callable (pictures, texts) -> n scores.
-        attacks: some of "closed_form", "gradient", "inversion".
+        attacks: some of "closed_form", "closed_form_near", "gradient", "inversion".
         attack_prompts: how many prompts are attacked.
         budget: how hard the attacks try.
         steps, guidance, seed, batch_size: of the drawing; picture i gets seed + i.
@@ -102,9 +102,9 @@ def prove(
         ProofError: settings that make no proof.
         Unsupported: from `apply_edit`.
     """
-    unknown = [name for name in attacks if name not in ATTACKS]
+    unknown = [name for name in attacks if name not in attacking.BY_NAME]
     if unknown or prompts < 1 or attack_prompts < 1 or steps < 1 or batch_size < 1:
-        problem = f"There is no attack {unknown[0]!r}; choose {', '.join(ATTACKS)}." if unknown else None
+        problem = f"There is no attack {unknown[0]!r}; choose {', '.join(attacking.BY_NAME)}." if unknown else None
         raise ProofError(problem or "Prompts, steps and batch size must be 1 or more.")
     drawing, budget = Drawing(steps, guidance, seed, batch_size, call), budget or Budget()
     recogniser = find_recogniser(pipe, judge, classifier, features)
