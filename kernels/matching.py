@@ -22,6 +22,7 @@ from diffaccel.kernels.registration import register
 from diffaccel.kernels.triton_support import Tile, capability, interpreted_upcast, tiles, tl, triton
 
 _SIMILARITIES = 2**26  # entries of one similarity matrix on the torch path; more sources than that are done in parts
+_SMALL = 2**14  # entries below which all rows of the batch (tiles of a picture) are one batched product
 
 
 def match_tokens_oracle(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +51,8 @@ def inverse_norms(tokens: Tensor) -> Tensor:
 def _match_tokens_torch(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     """One product per row of the batch: shorter pieces of it were slower than the memory they save."""
     batch, count = tokens.shape[0], sources.shape[1]
+    if count * destinations.shape[1] <= _SMALL:
+        return _match_batched(tokens, sources, destinations)
     best = torch.empty(batch, count, dtype=torch.float32, device=tokens.device)
     index = torch.empty(batch, count, dtype=torch.int32, device=tokens.device)
     rows = max(1, _SIMILARITIES // destinations.shape[1])
@@ -64,10 +67,26 @@ def _match_tokens_torch(tokens: Tensor, sources: Tensor, destinations: Tensor) -
     return best, index
 
 
-# Size is 0: the loop over channels makes one tile fit all widths. Four warps spill at this size.
+def _match_batched(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    part, targets = _rows(tokens, sources), _rows(tokens, destinations)
+    targets = (targets * inverse_norms(targets)[..., None]).to(tokens.dtype)
+    value, position = (part @ targets.transpose(1, 2)).max(dim=2)
+    return value * inverse_norms(part), position.to(torch.int32)
+
+
+def _rows(tokens: Tensor, numbers: Tensor) -> Tensor:
+    """tokens[b, numbers[b]] as one flat `index_select`, which is far faster than `gather` with an expanded index."""
+    batch, count, channels = tokens.shape
+    flat = numbers + count * torch.arange(batch, dtype=torch.int32, device=tokens.device)[:, None]
+    return tokens.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
+
+
+# Size is bytes per number; the loop over channels makes one tile fit all widths. Larger ones spill registers.
 TILES = {
-    ((8, 0), 2**31): Tile(rows=128, columns=128, depth=32, warps=8, stages=3),
-    ((9, 0), 2**31): Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
+    ((8, 0), 2): Tile(rows=128, columns=64, depth=64, warps=8, stages=3),
+    ((8, 0), 4): Tile(rows=64, columns=64, depth=32, warps=8, stages=2),
+    ((9, 0), 2): Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
+    ((9, 0), 4): Tile(rows=64, columns=64, depth=32, warps=8, stages=2),
 }
 _PROGRAMS = 132  # programs that fill the largest GPU in the table; destinations are split until there are so many
 _NORM_ROWS, _NORM_COLUMNS = 4, 512
@@ -179,7 +198,7 @@ def launch_inverse_norms(tokens: Tensor) -> Tensor:
 
 
 def _match_tokens_triton(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    tile = tiles(TILES, 0, capability(tokens))
+    tile = tiles(TILES, tokens.element_size(), capability(tokens))
     tokens = tokens if tokens.stride(2) == 1 else tokens.contiguous()
     batch, count, channels = tokens.shape
     found, row_programs = destinations.shape[1], triton.cdiv(sources.shape[1], tile.rows)

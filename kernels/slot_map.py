@@ -76,9 +76,15 @@ def select_best(score: Tensor, count: int, favoured: Tensor | None = None) -> Te
     return above | (equal & (equal.cumsum(dim=1) <= room))
 
 
+def _require_sources(best: Tensor, removed: int) -> None:
+    if not 0 <= removed <= best.shape[1]:
+        raise ValueError(f"cannot merge {removed} of {best.shape[1]} source tokens")
+
+
 def _slot_map_torch(
     best: Tensor, index: Tensor, sources: Tensor, destinations: Tensor, removed: int, favoured: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    _require_sources(best, removed)
     batch, tokens = best.shape[0], best.shape[1] + destinations.shape[1]
     merged = select_best(best, removed, favoured)
     owns = torch.ones(batch, tokens, dtype=torch.bool, device=best.device).scatter_(1, sources.long(), ~merged)
@@ -230,6 +236,7 @@ def member_lists_kernel(
 def _slot_map_triton(
     best: Tensor, index: Tensor, sources: Tensor, destinations: Tensor, removed: int, favoured: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    _require_sources(best, removed)
     batch, count = best.shape
     tokens = count + destinations.shape[1]
     slot = torch.empty(batch, tokens, dtype=torch.int32, device=best.device)
