@@ -1,0 +1,120 @@
+"""The output folder made ready for a plan: created, continued, extended or overwritten, by one worker at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffaccel.batch.claims import Claims, Member
+from diffaccel.batch.plan import BatchPlan, find_change, record_key
+from diffaccel.batch.settings import BatchError
+from diffaccel.batch.shards import names_in
+from diffaccel.batch.state import Ledger, Saved, Store
+
+SETUP = "setup"
+
+
+def prepare(plan: BatchPlan, store: Store, member: Member, pipeline: str) -> None:
+    """Make the folder hold this plan, or find that it does.
+
+    Raises:
+        BatchError: it holds another batch and `on_change` does not allow the change, or workers are busy with that one.
+    """
+    wanted = Saved(tuple(row.key for row in plan.rows), plan.layout, pipeline)
+    claims = Claims(store.claims / SETUP, member)
+    while True:
+        saved = store.saved()
+        if saved is not None and saved == wanted:
+            store.tidy(member.is_alive)
+            return
+        attempt = claims.attempts().get(SETUP, -1)
+        free = attempt < 0 or claims.is_free(SETUP, attempt)
+        if free and claims.try_claim(SETUP, attempt + 1):
+            _change(plan, store, member, wanted)
+        else:
+            time.sleep(0.05)
+
+
+def _change(plan: BatchPlan, store: Store, member: Member, wanted: Saved) -> None:
+    saved = store.saved()
+    if saved == wanted:
+        return
+    if saved is not None:
+        _check_change(plan, saved, wanted)
+        if any(work != member.work for work in member.others()):
+            raise BatchError(
+                f"Another batch is running in {store.output}; wait for it or choose another output folder."
+            )
+        _keep_only(plan, store, member, saved, wanted)
+    store.save(wanted, member.name)
+
+
+def _check_change(plan: BatchPlan, saved: Saved, wanted: Saved) -> None:
+    find_change(plan, saved)
+    if saved.pipeline != wanted.pipeline and plan.settings.on_change != "overwrite":
+        raise BatchError(
+            f"The batch in {plan.output} was made with another model, scheduler, precision or recipe of the pipeline; "
+            "choose another output folder, or let the change replace its pictures (--on-change overwrite)."
+        )
+
+
+def _keep_only(plan: BatchPlan, store: Store, member: Member, saved: Saved, wanted: Saved) -> None:
+    """Forget and remove pictures that are not of the plan. Pictures first: the journals know them until they are gone."""
+    same_layout = dict(saved.layout) == dict(wanted.layout)
+    mine = {record_key(row, wanted.pipeline) for row in plan.rows} if same_layout else set()
+    records = [record for record in Ledger(store.journals).refresh() if record.get("status") == "done"]
+    keep = [record for record in records if record["key"] in mine]
+    shards = {record.get("shard") for record in keep}
+    for record in records:
+        if record["key"] not in mine:
+            _remove(store, record, shards)
+    old = list(store.journals.glob("*.jsonl"))
+    text = "".join(json.dumps(record) + "\n" for record in keep)
+    store.publish(store.journals / f"{member.name}-kept.jsonl", text.encode(), member.name)
+    for path in old:
+        path.unlink()
+    for folder in store.claims.iterdir():
+        if folder.name != SETUP:
+            shutil.rmtree(folder)
+
+
+def _remove(store: Store, record: Mapping[str, Any], kept_shards: set[Any]) -> None:
+    """Remove the file of a record. The journal is only a file: its names are not trusted to be plain."""
+    shard = record.get("shard")
+    if shard is not None and shard not in kept_shards:
+        _unlink_plain(store.output, shard)
+    _unlink_plain(store.staging if shard is not None else store.output, record.get("file"))
+
+
+def _unlink_plain(folder: Path, name: Any) -> None:
+    if isinstance(name, str) and Path(name).name == name and not name.startswith("."):
+        (folder / name).unlink(missing_ok=True)
+
+
+class Shelf:
+    """Whether recorded pictures are still there as recorded: in the folder, waiting for a shard, or in it."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+        self._inside: dict[Path, tuple[int, frozenset[str]]] = {}
+
+    def holds(self, index: int, record: Mapping[str, Any]) -> bool:
+        """Whether the row's file exists with the recorded size."""
+        row = self.plan.rows[index]
+        path, shard = self.plan.path(row), self.plan.shard(row)
+        if path.is_file() and path.stat().st_size == record.get("bytes"):
+            return True
+        return shard is not None and row.name in self._names(shard)
+
+    def _names(self, shard: Path) -> Iterable[str]:
+        try:
+            stamp = shard.stat().st_mtime_ns
+        except OSError:
+            return ()
+        if self._inside.get(shard, (None,))[0] != stamp:
+            self._inside[shard] = (stamp, names_in(shard))
+        return self._inside[shard][1]

@@ -1,0 +1,137 @@
+"""Reading lists of rows: CSV, JSONL, Parquet, plain text, or dictionaries. Only syntax here; meaning is in `fields.py`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffaccel.batch.settings import BatchError, RowProblem
+
+RawRow = Mapping[str, Any]
+
+
+def read_rows(source: Path | str | Sequence[RawRow]) -> tuple[list[RawRow], list[RowProblem]]:
+    """The rows of a list with its problems of syntax; a row with such a problem is an empty dictionary.
+
+    Empty lines and empty rows at the end of a spreadsheet do not count as rows.
+
+    Raises:
+        BatchError: no such file, an unknown kind of file, or one that cannot be read at all.
+    """
+    if not isinstance(source, (str, Path)):
+        return _from_mappings(source)
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BatchError(f"{path} is no list that is known here; known are {', '.join(_READERS)}.")
+    try:
+        rows, problems = reader(path)
+    except OSError as error:
+        raise BatchError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+    except UnicodeDecodeError as error:
+        raise BatchError(f"{path} is not a text file in UTF-8.") from error
+    if not rows:
+        raise BatchError(f"{path} holds no rows.")
+    return rows, problems
+
+
+def _from_mappings(source: Sequence[RawRow]) -> tuple[list[RawRow], list[RowProblem]]:
+    rows: list[RawRow] = []
+    problems = []
+    for number, row in enumerate(source, 1):
+        named = isinstance(row, Mapping) and all(isinstance(key, str) for key in row)
+        if not named:
+            problems.append(RowProblem(number, "a row is a dictionary with names as keys."))
+        rows.append(dict(row) if named else {})
+    if not rows:
+        raise BatchError("the list holds no rows.")
+    return rows, problems
+
+
+def _read_csv(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+    with io.StringIO(path.read_text(encoding="utf-8-sig"), newline="") as file:
+        lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            filled = [line for line in lines if any(cell.strip() for cell in line)]
+        except csv.Error as error:
+            raise BatchError(f"{path}, line {lines.line_num}: {error}.") from error
+    header = [name.strip() for name in filled[0]] if filled else []
+    _check_header(path, header)
+    rows: list[RawRow] = []
+    problems = []
+    for number, line in enumerate(filled[1:], 1):
+        if len(line) != len(header):
+            problems.append(RowProblem(number, f"it has {len(line)} cells, the header has {len(header)}."))
+            rows.append({})
+        else:
+            rows.append(dict(zip(header, line, strict=True)))
+    return rows, problems
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise BatchError(f"{path} has the column {twice[0]!r} twice.")
+    if "" in header:
+        raise BatchError(f"{path} has a column without a name.")
+
+
+def _read_jsonl(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+    rows: list[RawRow] = []
+    problems = []
+    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+        if not line.strip():
+            continue
+        row: Any = {}
+        try:
+            row = _object(json.loads(line, object_pairs_hook=_unique))
+        except (ValueError, RecursionError) as error:
+            row = {}
+            problems.append(RowProblem(len(rows) + 1, f"{error}.".replace("..", ".")))
+        rows.append(row)
+    return rows, problems
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"it is not a JSON object but {type(value).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it names one key twice")
+    return found
+
+
+def _read_parquet(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BatchError("Parquet needs pyarrow; install diffaccel[batch].") from error
+    try:
+        with path.open("rb") as file:
+            return pyarrow.parquet.read_table(file).to_pylist(), []
+    except pyarrow.ArrowException as error:
+        raise BatchError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}.") from error
+
+
+def _read_text(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+    text = path.read_text(encoding="utf-8-sig")
+    return [{"prompt": line.strip()} for line in text.split("\n") if line.strip()], []
+
+
+_READERS: dict[str, Callable[[Path], tuple[list[RawRow], list[RowProblem]]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
