@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffaccel.methods import Erase as Erase
     from diffaccel.methods import Forecast as Forecast
     from diffaccel.methods import GuidanceInterval as GuidanceInterval
+    from diffaccel.methods import NormalizedAttentionGuidance as NormalizedAttentionGuidance
     from diffaccel.methods import RegionSampling as RegionSampling
     from diffaccel.methods import ResidualCache as ResidualCache
     from diffaccel.methods import SkipCache as SkipCache
@@ -60,6 +61,7 @@ _HOME = {
     "BlockCache": "methods",
     "Forecast": "methods",
     "Erase": "methods",
+    "NormalizedAttentionGuidance": "methods",
     "SparseCrossAttention": "methods",
     "TokenMerging": "methods",
     "TokenDownsampling": "methods",

@@ -24,6 +24,7 @@ from diffaccel import (
     BlockCache,
     Forecast,
     GuidanceInterval,
+    NormalizedAttentionGuidance,
     RecipeError,
     RegionSampling,
     ResidualCache,
@@ -56,8 +57,12 @@ TRANSFORMERS_ONLY = {
     "region_sampling": RegionSampling(),
     "block_cache": BlockCache(),
 }
-# These save nothing; they have files of their own: test_erasure_apply.py, test_sparse_cross_attention.py.
-CHANGES_PICTURES = {"erase": Erase(), "sparse_cross_attention": SparseCrossAttention()}
+# These save nothing; each has a file of its own, tests/test_<name>.py (erasure: test_erasure_apply.py).
+CHANGES_PICTURES = {
+    "erase": Erase(),
+    "sparse_cross_attention": SparseCrossAttention(),
+    "normalized_attention_guidance": NormalizedAttentionGuidance(),
+}
 ALL = {
     "all with merging": [
         StepSchedule(fraction=0.9),

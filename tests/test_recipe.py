@@ -17,6 +17,7 @@ from diffaccel import (
     BlockCache,
     Forecast,
     GuidanceInterval,
+    NormalizedAttentionGuidance,
     Recipe,
     RecipeError,
     RegionSampling,
@@ -68,6 +69,9 @@ UNUSUAL = (
     BlockCache(kind="taylor", interval=3, order=2, target="output", full_last=2, min_evaluations=12),
     Erase(file="no-circle.safetensors", strength=0.5),
     StepReuse(threshold=0.03, max_skips=2, full_first=5, full_last=2, min_evaluations=12, allow_stochastic=True),
+    NormalizedAttentionGuidance(
+        negative_prompt="a red circle", scale=5.0, tau=3.0, alpha=0.25, start_fraction=0.1, stop_fraction=0.25
+    ),
     SparseCrossAttention(scale=1.5, alpha=2.0, start_fraction=0.2, stop_fraction=0.7),
 )
 MORE = (SkipCache(schedule="late"), GuidanceInterval(low=0.3), AdaptiveGuidance(), TokenMerging(), SkipCache())

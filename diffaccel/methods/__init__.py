@@ -5,6 +5,7 @@ from diffaccel.methods.block_cache import BlockCache as BlockCache
 from diffaccel.methods.erase import Erase as Erase
 from diffaccel.methods.forecast import Forecast as Forecast
 from diffaccel.methods.guidance_interval import GuidanceInterval as GuidanceInterval
+from diffaccel.methods.normalized_attention_guidance import NormalizedAttentionGuidance as NormalizedAttentionGuidance
 from diffaccel.methods.region_sampling import RegionSampling as RegionSampling
 from diffaccel.methods.residual_cache import ResidualCache as ResidualCache
 from diffaccel.methods.skip_cache import SkipCache as SkipCache

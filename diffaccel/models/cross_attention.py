@@ -137,6 +137,13 @@ def negative_text(method: str, network: nn.Module, layout: UNetLayout | Transfor
     return entry.negative
 
 
+def caption_flops(network: nn.Module) -> int:
+    """FLOPs of the layers that a text token passes on its way to the cross-attentions."""
+    entries = [getattr(network, name, None) for name in ("caption_projection", "encoder_hid_proj")]
+    layers = [layer for entry in entries if entry is not None for layer in entry.modules()]
+    return sum(2 * layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+
+
 def _unet_sites(network: nn.Module, layout: UNetLayout) -> tuple[CrossSite, ...]:
     return tuple(
         CrossSite(block.attn2, 2**site.level)
