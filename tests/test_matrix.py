@@ -29,6 +29,7 @@ from diffaccel import (
     RegionSampling,
     ResidualCache,
     SkipCache,
+    SparseAttention,
     SparseCrossAttention,
     StepReuse,
     StepSchedule,
@@ -56,6 +57,7 @@ TRANSFORMERS_ONLY = {
     "residual_cache": ResidualCache(),
     "region_sampling": RegionSampling(),
     "block_cache": BlockCache(),
+    "sparse_attention": SparseAttention(),
 }
 # These save nothing; each has a file of its own, tests/test_<name>.py (erasure: test_erasure_apply.py).
 CHANGES_PICTURES = {

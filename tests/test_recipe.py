@@ -23,6 +23,7 @@ from diffaccel import (
     RegionSampling,
     ResidualCache,
     SkipCache,
+    SparseAttention,
     SparseCrossAttention,
     StepReuse,
     StepSchedule,
@@ -72,6 +73,7 @@ UNUSUAL = (
     NormalizedAttentionGuidance(
         negative_prompt="a red circle", scale=5.0, tau=3.0, alpha=0.25, start_fraction=0.1, stop_fraction=0.25
     ),
+    SparseAttention(keep=0.3, mode="mass", reuse=2, start=5, similarity=0.1, skip=30.0, min_tokens=512),
     SparseCrossAttention(scale=1.5, alpha=2.0, start_fraction=0.2, stop_fraction=0.7),
 )
 MORE = (SkipCache(schedule="late"), GuidanceInterval(low=0.3), AdaptiveGuidance(), TokenMerging(), SkipCache())
