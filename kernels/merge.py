@@ -124,11 +124,12 @@ def merge_tokens_kernel(
     scale_ptr,
     shift_ptr,
     out_ptr,
-    tokens,
     kept,
     maps,
     x_batch,
     x_row,
+    start_batch,
+    member_batch,
     weight_batch,
     scale_batch,
     shift_batch,
@@ -148,13 +149,13 @@ def merge_tokens_kernel(
     row_ok = row < kept
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     column_ok = column < channels
-    begin = tl.load(start_ptr + owner * (kept + 1) + row, mask=row_ok, other=0)
-    end = tl.load(start_ptr + owner * (kept + 1) + row + 1, mask=row_ok, other=0)
+    begin = tl.load(start_ptr + owner * start_batch + row, mask=row_ok, other=0)
+    end = tl.load(start_ptr + owner * start_batch + row + 1, mask=row_ok, other=0)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     mass = tl.zeros((ROWS,), dtype=tl.float32)
     for step in range(tl.max(end - begin, axis=0)):
         live = begin + step < end
-        member = tl.load(member_ptr + owner * tokens + begin + step, mask=live, other=0)
+        member = tl.load(member_ptr + owner * member_batch + begin + step, mask=live, other=0)
         place = x_ptr + batch * x_batch + member.to(tl.int64)[:, None] * x_row + column[None, :]
         ok = live[:, None] & column_ok[None, :]
         x = tl.load(place, mask=ok, other=0.0).to(tl.float32)
@@ -232,7 +233,7 @@ def _merge_tokens_triton(
     eps: float | None = None,
 ) -> Tensor:
     x = _rows_contiguous(x)
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     kept = start.shape[1] - 1
     width = channels if eps is not None else min(channels, _MERGE_COLUMNS)
     tile = tiles(MERGE_TILES, width, capability(x))
@@ -246,11 +247,12 @@ def _merge_tokens_triton(
         x if scale is None else scale,
         x if shift is None else shift,
         out,
-        tokens,
         kept,
         start.shape[0],
         x.stride(0),
         x.stride(1),
+        start.stride(0),
+        members.stride(0),
         0 if weight is None else weight.stride(0),
         _row_stride(scale),
         _row_stride(shift),
