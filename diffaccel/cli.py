@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import diffaccel
+from diffaccel.cli_batch import batch
 from diffaccel.cli_demo import demo
 from diffaccel.cli_erase import erase
 from diffaccel.cli_support import (
@@ -288,6 +289,7 @@ def _checks_table(title: str, checks: list[Check]) -> Table:
     return table
 
 
+app.command()(batch)
 app.command()(erase)
 app.command()(demo)
 

@@ -17,8 +17,8 @@ from diffaccel.batch.folder import prepare
 from diffaccel.batch.generating import Generator
 from diffaccel.batch.identity import identity
 from diffaccel.batch.manifest import check_manifest
-from diffaccel.batch.plan import BatchPlan
-from diffaccel.batch.settings import BatchFailure, BatchProgress, BatchReport
+from diffaccel.batch.plan import BatchPlan, find_change
+from diffaccel.batch.settings import BatchError, BatchFailure, BatchProgress, BatchReport
 from diffaccel.batch.state import Store
 from diffaccel.batch.tally import Tally
 from diffaccel.batch.writer import Made, Writer
@@ -64,6 +64,45 @@ def run_batch(
         finally:
             worker.close()
         return worker.report()
+
+
+def finish_batch(plan: BatchPlan, *, on_progress: OnProgress | None = None) -> BatchReport:
+    """Pack shards and write manifest and sheet of what the folder holds; for engines whose workers each made a part.
+
+    Raises:
+        BatchError: the folder does not hold this plan.
+    """
+    store = Store(plan.output)
+    saved = store.saved()
+    if saved is None or find_change(plan, saved) != "same":
+        raise BatchError(f"{plan.output} does not hold this batch.")
+    with Member(store.workers, plan.settings.lease, plan.digest(saved.pipeline)) as member:
+        tally = Tally(plan, store, member, saved.pipeline, old_failures=True)
+        claims = Claims(store.claims / plan.digest(saved.pipeline), member)
+        finisher = Finisher(plan, store, claims, member, tally)
+        finisher.finish(everything=True, should_stop=lambda: False)
+        (on_progress or (lambda progress: None))(tally.progress())
+        return _report(plan, tally, finisher.manifest)
+
+
+def _report(
+    plan: BatchPlan, tally: Tally, manifest: Path | None, notes: Sequence[str] = (), stopped: str = ""
+) -> BatchReport:
+    seconds = tally.seconds()
+    failures = tuple(BatchFailure(index + 1, text) for index, text in sorted(tally.failures().items()))
+    return BatchReport(
+        total=len(plan.rows),
+        done=len(tally.done),
+        made=tally.made,
+        skipped=tally.skipped,
+        failed=len(failures),
+        failures=failures,
+        seconds=seconds,
+        pictures_per_second=tally.made / seconds if seconds else 0.0,
+        notes=tuple(notes),
+        stopped=stopped,
+        manifest=manifest,
+    )
 
 
 def _name_of(pipe: Any) -> str:
@@ -169,21 +208,7 @@ class Worker:
 
     def report(self) -> BatchReport:
         """What this run did."""
-        tally, seconds = self.tally, self.tally.seconds()
-        failures = tuple(BatchFailure(index + 1, text) for index, text in sorted(tally.failures().items()))
         notes = [*self.caller.notes, *self.generator.notes]
         if self.taken_over:
             notes.append(f"{self.taken_over} batches were taken over from workers or runs that had ended.")
-        return BatchReport(
-            total=len(self.plan.rows),
-            done=len(tally.done),
-            made=tally.made,
-            skipped=tally.skipped,
-            failed=len(failures),
-            failures=failures,
-            seconds=seconds,
-            pictures_per_second=tally.made / seconds if seconds else 0.0,
-            notes=tuple(notes),
-            stopped=self.stopped,
-            manifest=self.finisher.manifest,
-        )
+        return _report(self.plan, self.tally, self.finisher.manifest, notes, self.stopped)

@@ -47,16 +47,9 @@ def estimate(plan: BatchPlan, fast_or_pipe: Any, *, model: str = "") -> Estimate
     if per_row is not None:
         seconds = sum(value * len(group.rows) for value, group in zip(per_row, plan.groups, strict=True))
         return Estimate(left * seconds, "the pictures that the last run made here")
-    timed: dict[tuple[Any, ...], float] = {}
-    for group in plan.groups:
-        kind = (group.size, min(len(group.rows), plan.settings.batch_size), group.guidance_scale, group.negative)
-        timed.setdefault(kind, 0.0)
-        timed[kind] += _calls(plan, group) * _seconds_of_call(caller, group, plan)
-    return Estimate(left * sum(timed.values()), "timed steps without a recipe; with one it takes less")
-
-
-def _calls(plan: BatchPlan, group: Group) -> float:
-    return len(group.rows) / min(len(group.rows), plan.settings.batch_size)
+    timing = _Timing(caller, plan)
+    seconds = sum(timing.seconds(group) for group in plan.groups)
+    return Estimate(left * seconds, "timed steps without a recipe; with one it takes less")
 
 
 def _from_records(plan: BatchPlan, records: Sequence[dict[str, Any]]) -> list[float] | None:
@@ -77,21 +70,35 @@ def _from_records(plan: BatchPlan, records: Sequence[dict[str, Any]]) -> list[fl
     return found
 
 
-def _seconds_of_call(caller: Caller, group: Group, plan: BatchPlan) -> float:
-    """Seconds of one call with all its steps: a line through the times of a short and a longer call."""
-    rows = [plan.rows[index] for index in group.rows[: plan.settings.batch_size]]
-    short, longer = TIMED_STEPS
-    _timed(caller, rows, short)  # the first call of a process also warms up
-    first, second = _timed(caller, rows, short), _timed(caller, rows, longer)
-    per_step = max(0.0, second - first) / (longer - short)
-    return first + per_step * (group.steps - short)
+class _Timing:
+    """Times of calls by kind: a line through the times of a short and a longer call."""
 
+    def __init__(self, caller: Caller, plan: BatchPlan) -> None:
+        self.caller, self.plan = caller, plan
+        self._lines: dict[tuple[Any, ...], tuple[float, float]] = {}
 
-def _timed(caller: Caller, rows: Sequence[Row], steps: int) -> float:
-    arguments = caller.arguments(rows) | {"num_inference_steps": steps}
-    started = time.perf_counter()
-    caller.pipe(**arguments)
-    return time.perf_counter() - started
+    def seconds(self, group: Group) -> float:
+        """Of all rows of a group."""
+        together = min(len(group.rows), self.plan.settings.batch_size)
+        kind = (group.size, together, group.guidance_scale, group.negative, group.extras)
+        if kind not in self._lines:
+            self._lines[kind] = self._measure([self.plan.rows[index] for index in group.rows[:together]])
+        start, per_step = self._lines[kind]
+        return (start + per_step * group.steps) * len(group.rows) / together
+
+    def _measure(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """Seconds of a call beside its steps, and of a step."""
+        short, longer = TIMED_STEPS
+        self._timed(rows, short)  # the first call of a kind also warms up
+        first, second = self._timed(rows, short), self._timed(rows, longer)
+        per_step = max(0.0, second - first) / (longer - short)
+        return max(0.0, first - per_step * short), per_step
+
+    def _timed(self, rows: Sequence[Row], steps: int) -> float:
+        arguments = self.caller.arguments(rows) | {"num_inference_steps": steps}
+        started = time.perf_counter()
+        self.caller.pipe(**arguments)
+        return time.perf_counter() - started
 
 
 def in_words(seconds: float) -> str:

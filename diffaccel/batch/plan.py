@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class BatchPlan:
             extras = tuple((name, "" if is_prompt(name) else value) for name, value in row.extras)
             call = (row.size, row.steps, row.guidance_scale, row.recipe, bool(row.negative_prompt), extras)
             found.setdefault(call, []).append(row.index)
-        return tuple(Group(*call[:3], *call[3:], rows=tuple(rows)) for call, rows in found.items())
+        names = [field.name for field in fields(Group) if field.name != "rows"]
+        return tuple(Group(**dict(zip(names, call, strict=True)), rows=tuple(rows)) for call, rows in found.items())
 
     @functools.cached_property
     def batches(self) -> tuple[Batch, ...]:

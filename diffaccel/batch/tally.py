@@ -23,16 +23,20 @@ class Tally:
         done: record of each finished row whose picture is there, by index.
         made: pictures this worker made.
         skipped: rows done before this worker started.
+    Args:
+        old_failures: count failures of ended runs as well.
     """
 
-    def __init__(self, plan: BatchPlan, store: Store, member: Member, pipeline: str) -> None:
-        self.plan, self.member = plan, member
+    def __init__(
+        self, plan: BatchPlan, store: Store, member: Member, pipeline: str, *, old_failures: bool = False
+    ) -> None:
+        self.plan, self.member, self._old_failures = plan, member, old_failures
         self.done: dict[int, dict[str, Any]] = {}
         self.made = 0
         self.last_path: Path | None = None
         self._index = {record_key(row, pipeline): row.index for row in plan.rows}
         self._ledger, self._shelf = Ledger(store.journals), Shelf(plan)
-        self._failed: dict[int, tuple[str, str]] = {}
+        self._failed: dict[int, str] = {}
         self._started = self._refreshed = time.perf_counter()
         self.refresh()
         self.skipped = len(self.done)
@@ -47,8 +51,12 @@ class Tally:
             if record.get("status") == "done":
                 if self._shelf.holds(index, record):
                     self.done[index] = record
-            elif record.get("worker") != self.member.name and self.member.met(str(record.get("worker"))):
-                self._failed[index] = (str(record["worker"]), str(record.get("error", "")))
+            elif self._counts(str(record.get("worker"))):
+                self._failed[index] = str(record.get("error", ""))
+
+    def _counts(self, worker: str) -> bool:
+        """Whether a worker's failures belong to this run; rows that failed in an earlier one are tried again."""
+        return worker != self.member.name and (self._old_failures or self.member.met(worker))
 
     def absorb_own(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Count what our own writer has completed."""
@@ -60,15 +68,15 @@ class Tally:
                 if not self.plan.settings.shards:  # a picture that waits for its shard may be gone when someone looks
                     self.last_path = self.plan.path(self.plan.rows[index])
             else:
-                self._failed[index] = (self.member.name, str(record["error"]))
+                self._failed[index] = str(record["error"])
 
     def fail(self, failure: BatchFailure) -> None:
         """Note a failure at once, before it is stored."""
-        self._failed[failure.row - 1] = (self.member.name, failure.sentence)
+        self._failed[failure.row - 1] = failure.sentence
 
     def failures(self) -> dict[int, str]:
         """Rows that failed in this run and were not made since, with the reason."""
-        return {index: text for index, (_, text) in self._failed.items() if index not in self.done}
+        return {index: text for index, text in self._failed.items() if index not in self.done}
 
     def is_settled(self, index: int) -> bool:
         """Whether nobody needs to work on the row any more in this run."""
