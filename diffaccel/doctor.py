@@ -20,6 +20,9 @@ REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 OPTIONAL = {
     "triton": ("triton", "fused kernels on a GPU"),
     "xformers": ("xformers", "memory-efficient attention on a GPU"),
+    "flash_attn_3": ("flash_attn_interface", "FlashAttention-3 on Hopper GPUs"),
+    "sageattention": ("sageattention", "int8 attention on a GPU"),
+    "natten": ("natten", "neighbourhood and dense attention on a GPU"),
     "torchmetrics": ("torchmetrics", "PSNR, SSIM and Frechet distance in diffaccel compare"),
     "peft": ("peft", "LoRA weights"),
     "gradio": ("gradio", "the demo page"),
