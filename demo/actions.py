@@ -151,9 +151,13 @@ class Actions:
         return start
 
     @staticmethod
-    def ready() -> tuple[Update, Update]:
-        """The run is over: its buttons are back."""
-        return gr.update(interactive=True), gr.update(interactive=False)
+    def ready() -> tuple[Update, Update, Update]:
+        """The run is over: its sentence stays, its buttons are back."""
+        return gr.skip(), gr.update(interactive=True), gr.update(interactive=False)
+
+    def failed(self, request: gr.Request) -> tuple[Update, Update, Update]:
+        """The run was refused or broke: why, and its buttons are back."""
+        return self.problem(request), gr.update(interactive=True), gr.update(interactive=False)
 
     @contextmanager
     def _run(self, tab: str, request: gr.Request, progress: gr.Progress) -> Iterator[tuple[Session, Watch]]:
@@ -216,6 +220,7 @@ class Actions:
         second: str | None,
         second_values: str,
         baseline: bool,
+        warm: bool,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Update, ...]:
@@ -227,7 +232,7 @@ class Actions:
                 pairs = [(name, text) for name, text in ((first, first_values), (second, second_values)) if name]
                 axes = [exploring.Axis.of(name, text or "") for name, text in pairs]
                 found = exploring.explore(
-                    self.engine, session, model, ask, chosen, axes, watch, baseline=bool(baseline)
+                    self.engine, session, model, ask, chosen, axes, watch, baseline=bool(baseline), warm=bool(warm)
                 )
         except Cancelled as stop:
             return *([gr.skip()] * 3), message(str(stop))

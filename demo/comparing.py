@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def compare(
 
 
 def _draw_all(
-    engine: Engine, session: Session, ask: Ask, runs: list[tuple[str, Recipe, Path | None]], watch: Watch
+    engine: Engine, session: Session, ask: Ask, runs: Sequence[tuple[str, Recipe, Path | None]], watch: Watch
 ) -> list[Drawn]:
     found = []
     for label, recipe, path in runs:

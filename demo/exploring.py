@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffaccel.bench import spread
 from diffaccel.comparison import Row
 from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
@@ -85,19 +87,19 @@ class Explored:
     """The grid, plain and fewer steps, and the plot.
 
     Attributes:
-        columns: how many pictures a row of the grid has.
+        warm: whether each was drawn once before the clock ran; only then is time worth plotting.
     """
 
     plain: Drawn
     cells: tuple[Cell, ...]
-    columns: int
+    warm: bool
     plot: Path
 
     def gallery(self) -> list[tuple[str, str]]:
         """(file, caption) of every picture, plain first."""
         return [
-            (str(self.plain.path), f"plain · {self.plain.report.seconds:.2f} s"),
-            *((str(c.drawn.path), f"{c.label} · {self._speed(c):.2f}x · {decibel(c.psnr)}") for c in self.cells),
+            (str(self.plain.path), "plain"),
+            *((str(c.drawn.path), f"{c.label} · {decibel(c.psnr)}") for c in self.cells),
         ]
 
     def figures(self) -> str:
@@ -169,6 +171,7 @@ def explore(
     watch: Watch,
     *,
     baseline: bool = True,
+    warm: bool = True,
 ) -> Explored:
     """Draw the grid, the plain picture and, for the plot, the plain pipeline with fewer steps.
 
@@ -177,30 +180,38 @@ def explore(
     """
     recipes = [session.with_edit(variant) for variant in variants(recipe, axes)]
     fewer = fewer_steps(ask.steps) if baseline else []
-    watch.total = ask.steps * (len(recipes) + 2) + sum(fewer)
+    watch.total = ask.steps * (1 + len(recipes)) * (2 if warm else 1) + sum(fewer)
     watch.show(0, watch.total, f"loading {Path(model).name}")
     owner = str(session.folder)
     with engine.pipeline(model):
         for variant in recipes:
             engine.wrapped(variant, owner)  # all are refused before any is drawn
         folder, stock = session.new_folder(), session.with_edit(PLAIN)
-        watch.label = "plain, warming up"
-        engine.draw(stock, ask, watch, None, owner)
-        watch.label = "plain"
-        plain = engine.draw(stock, ask, watch, folder / "plain.png", owner)
+        draw = functools.partial(_draw, engine, ask, watch, owner, warm)
+        plain = draw("plain", stock, folder / "plain.png")
         cells = []
         for number, variant in enumerate(recipes):
-            watch.label = f"{variant.name} ({number + 1} of {len(recipes)})"
             name = f"{number + 1:02d}-{safe_name(variant.name)}.png"
-            cells.append(_cell(variant.name, engine.draw(variant, ask, watch, folder / name, owner), plain))
+            drawn = draw(f"{variant.name} ({number + 1} of {len(recipes)})", variant, folder / name)
+            cells.append(_cell(variant.name, drawn, plain))
         line = []
         for steps in fewer:
             watch.label = f"plain, {steps} steps"
             asked = ask.model_copy(update={"steps": steps})
             line.append(_cell(str(steps), engine.draw(stock, asked, watch, None, owner), plain))
     plot = folder / "speed-fidelity.png"
-    save_frontier(_rows(ask, plain, cells, line), plot, over="flops")
-    return Explored(plain, tuple(cells), len(axes[-1].values), plot)
+    save_frontier(_rows(ask, plain, cells, line), plot, over="seconds" if warm else "flops")
+    return Explored(plain, tuple(cells), warm, plot)
+
+
+def _draw(
+    engine: Engine, ask: Ask, watch: Watch, owner: str, warm: bool, label: str, recipe: Recipe, path: Path
+) -> Drawn:
+    if warm:
+        watch.label = f"{label}, warming up"
+        engine.draw(recipe, ask, watch, None, owner)
+    watch.label = label
+    return engine.draw(recipe, ask, watch, path, owner)
 
 
 def fewer_steps(steps: int) -> list[int]:
@@ -224,4 +235,5 @@ def _rows(ask: Ask, plain: Drawn, cells: Sequence[Cell], line: Sequence[Cell]) -
 
 def _as_row(name: str, kind: Any, steps: int, drawn: Drawn, psnr: float | None) -> Row:
     report = drawn.report
-    return Row(name, kind, steps, report.recipe, report.evaluations, report.rows, report.flops, psnr=psnr)
+    time = spread([report.seconds])
+    return Row(name, kind, steps, report.recipe, report.evaluations, report.rows, report.flops, seconds=time, psnr=psnr)

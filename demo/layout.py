@@ -17,6 +17,8 @@ from diffaccel.erasure.settings import METHODS as ERASURES
 from diffaccel.recipe import presets
 
 WORKER = "model"  # one queue for everything that needs the model
+# What answers at once and can refuse: through the queue too, since elsewhere a refusal is a server error to browsers.
+QUICK: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": None, "show_progress": "hidden"}
 TITLE = """<div id="da-title"><h1>diffaccel</h1>
 <p>The same picture, sooner. Compare a recipe with the stock pipeline, and see what it left out.</p></div>"""
 
@@ -70,7 +72,8 @@ class Buttons:
 
 def build(actions: Actions) -> gr.Blocks:
     """The whole page."""
-    with gr.Blocks(title="diffaccel", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    page: gr.Blocks = gr.Blocks(title="diffaccel", analytics_enabled=False, delete_cache=(3600, 24 * 3600))
+    with page:
         gr.HTML(TITLE, elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300, elem_id="controls"):
@@ -189,20 +192,29 @@ def _wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: 
         "trigger_mode": "always_last",
         **quiet,
     }
-    filled = {"fn": actions.fill, "inputs": [switches.preset, picture.model], "outputs": every, **quiet}
+    filled = {
+        "fn": actions.fill,
+        "inputs": [switches.preset, picture.model],
+        "outputs": every,
+        "api_visibility": "private",
+        **QUICK,
+    }
     gr.on([control.change for control in (*switches.recipe, picture.model)], **check)
     gr.on([control.input for control in every], lambda: CUSTOM, None, switches.preset, **quiet)
     gr.on([switches.preset.input, picture.model.change], **filled)
     page.load(**filled)
+    # an empty number that gradio mounts late turns into 0 unless it was told once that it is empty
+    optional = [picture.guidance, picture.width, picture.height]
+    page.load(lambda: [None] * len(optional), None, optional, **quiet)
     switches.methods.change(actions.groups, switches.methods, switches.groups, **quiet)
-    switches.upload.upload(
+    uploaded = switches.upload.upload(
         actions.upload,
         [switches.upload, picture.model],
         [switches.preset, *every],
-        queue=False,
-        show_progress="hidden",
         api_name="upload_recipe",
+        **QUICK,
     )
+    uploaded.failure(actions.problem, None, switches.message, **quiet)
 
 
 # --- right: the tabs ---
@@ -213,6 +225,15 @@ def _buttons(tab: str, label: str) -> Buttons:
         run = gr.Button(label, variant="primary", min_width=160, scale=3, elem_id=f"{tab}-run")
         cancel = gr.Button("Cancel", variant="stop", min_width=100, scale=1, interactive=False, elem_id=f"{tab}-cancel")
     return Buttons(run, cancel, gr.HTML(min_height=52, elem_id=f"{tab}-status"))
+
+
+def _warm(tab: str) -> gr.Checkbox:
+    return gr.Checkbox(
+        True,
+        label="Draw each picture once before the clock runs",
+        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
+        elem_id=f"{tab}-warm",
+    )
 
 
 def _wire_run(
@@ -230,7 +251,8 @@ def _wire_run(
         actions.prepare(tab),
         switches.recipe,
         [switches.text, buttons.run, buttons.cancel, buttons.status],
-        **quiet,
+        api_visibility="private",
+        **QUICK,
     )
     worked = started.success(
         work,
@@ -241,9 +263,10 @@ def _wire_run(
         concurrency_limit=1,
         show_progress_on=buttons.status,
     )
-    worked.failure(actions.problem, None, buttons.status, **quiet)
-    worked.then(actions.ready, None, [buttons.run, buttons.cancel], **quiet)
-    started.failure(actions.problem, None, buttons.status, **quiet)
+    after = [buttons.status, buttons.run, buttons.cancel]
+    worked.success(actions.ready, None, after, **quiet)
+    for event in (worked, started):
+        event.failure(actions.failed, None, after, **quiet)
     buttons.cancel.click(
         actions.cancel(tab), None, buttons.status, queue=False, show_progress="hidden", api_name=f"cancel_{tab}"
     )
@@ -251,12 +274,7 @@ def _wire_run(
 
 def _compare(actions: Actions, picture: Picture, switches: Switches) -> None:
     buttons = _buttons("compare", "Compare")
-    warm = gr.Checkbox(
-        True,
-        label="Draw each picture once before the clock runs",
-        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
-        elem_id="compare-warm",
-    )
+    warm = _warm("compare")
     slider = gr.ImageSlider(
         label="Plain (left) and accelerated (right)",
         type="filepath",
@@ -319,6 +337,7 @@ def _explore(actions: Actions, picture: Picture, switches: Switches) -> None:
         info="The line that a recipe has to beat.",
         elem_id="explore-baseline",
     )
+    warm = _warm("explore")
     buttons = _buttons("explore", "Explore")
     gallery = gr.Gallery(
         label="Pictures",
@@ -332,7 +351,8 @@ def _explore(actions: Actions, picture: Picture, switches: Switches) -> None:
     )
     figures = gr.HTML(elem_id="explore-figures")
     plot = gr.Image(
-        label="Fidelity over work",
+        label="Fidelity over cost",
+        show_label=False,
         type="filepath",
         interactive=False,
         visible=False,
@@ -345,7 +365,7 @@ def _explore(actions: Actions, picture: Picture, switches: Switches) -> None:
         switches,
         buttons,
         actions.explore,
-        [*picture.all, switches.text, first, first_values, second, second_values, baseline],
+        [*picture.all, switches.text, first, first_values, second, second_values, baseline, warm],
         [gallery, plot, figures],
     )
 
@@ -411,8 +431,7 @@ def _erase(actions: Actions, picture: Picture, switches: Switches) -> None:
         [*picture.all, concepts, keep, anchor, method, settings],
         [slider, figures, download, state],
     )
-    instant: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    applied = apply.click(actions.apply, None, state, api_name="apply_edit", **instant)
-    undone = undo.click(actions.undo, None, state, api_name="undo_edit", **instant)
+    applied = apply.click(actions.apply, None, state, api_name="apply_edit", **QUICK)
+    undone = undo.click(actions.undo, None, state, api_name="undo_edit", **QUICK)
     for event in (applied, undone):
-        event.failure(actions.problem, None, buttons.status, api_visibility="private", **instant)
+        event.failure(actions.problem, None, buttons.status, api_visibility="private", **QUICK)

@@ -34,6 +34,7 @@ def theme() -> gr.themes.Base:
         block_title_text_size="14px",
         block_title_background_fill="transparent",
         block_title_padding="0",
+        block_label_background_fill_dark="*block_background_fill",
         block_label_text_color="*body_text_color",
         block_label_text_color_dark="*body_text_color",
         block_label_text_size="13px",
@@ -94,8 +95,9 @@ CSS = """
   overflow-wrap: anywhere; background: var(--block-background-fill); }
 .da-message.da-good { border-left: 4px solid var(--da-full); }
 .da-message.da-bad { border-left: 4px solid #dc2626; }
+#explore-gallery, #explore-gallery .grid-wrap, #batch-gallery .grid-wrap { max-height: none; height: auto; }
 .da-notes { margin: 10px 0 0; padding-left: 20px; font-size: 13.5px; color: var(--body-text-color-subdued); }
-.da-scroll { overflow-x: auto; }
+.da-scroll { overflow-x: auto; width: 0; min-width: 100%; }  /* its width is not the page's */
 .da-scroll { margin-top: 14px; }
 .prose table.da-table, .da-scroll table.da-table, .da-scroll table.da-table thead, .da-scroll table.da-table tbody,
 .da-scroll table.da-table tr { border: 0 !important; }
@@ -111,6 +113,7 @@ CSS = """
 :focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 10px !important; }
+  .da-tiles { grid-template-columns: 1fr 1fr; }
   .da-tile b { font-size: 20px; } .da-bars { gap: 1px; }
 }
 """

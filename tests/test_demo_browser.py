@@ -1,0 +1,281 @@
+"""The page in a real browser: what people do, in the order in which they do it. Console errors fail every test."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from demo_server import WORKING, Visitor, find_chromium, serving
+from PIL import Image
+
+from diffaccel import metadata
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, tiny_folder) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("page"), "--allow", str(tiny_folder.parent)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, address) -> Iterator[Callable[..., Visitor]]:
+    visitors: list[Visitor] = []
+
+    def come(**context: object) -> Visitor:
+        visitors.append(Visitor(browser, address, **context))
+        return visitors[-1]
+
+    yield come
+    for visitor in visitors:
+        visitor.leave()
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
+def stock(prompt: str, seed: int, steps: int) -> bytes:
+    """What the stock pipeline draws."""
+    import torch
+
+    import diffaccel
+    from diffaccel.loading import default_guidance
+
+    pipe = diffaccel.load_miniature()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "guidance_scale": default_guidance("shapes-sd")}
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0].convert("RGB").tobytes()
+
+
+def test_a_full_compare(visit, tmp_path):
+    visitor = visit()
+    visitor.type("prompt", "a blue circle")
+    visitor.type("seed", "7")
+    visitor.type("steps", "12")
+    visitor.run("compare")
+    assert re.search(r"\d\.\d\dx\s+(faster|slower)", visitor.text("compare-figures"))
+    assert "PSNR to plain" in visitor.text("compare-figures")
+    assert "12 evaluations" in visitor.text("compare-steps")
+    bars = visitor.page.locator("#compare-steps .da-bars").nth(1).locator("i")
+    kinds = [bar.get_attribute("class") for bar in bars.all()]
+    assert len(kinds) == 12
+    assert kinds.count("da-full") == 5  # of 12: 0, 3, 6, 9 and the last
+    plain = visitor.download("download-plain", tmp_path)
+    fast = visitor.download("download-accelerated", tmp_path)
+    assert pixels(plain) == stock("a blue circle", 7, 12)
+    assert pixels(fast) != pixels(plain)
+    found = metadata.read(fast)
+    assert found.parameters["Prompt"] == "a blue circle"
+    assert found.parameters["Seed"] == "7"
+    assert found.diffaccel["recipe"]["name"] == "balanced"
+    assert metadata.read(plain).diffaccel["recipe"]["methods"] == []
+
+
+def test_the_slider_moves_by_mouse_and_by_keyboard(visit):
+    visitor = visit()
+    visitor.type("steps", "2")
+    visitor.run("compare")
+    handle = visitor.page.get_by_role("slider", name="Border between the two pictures")
+    second = visitor.page.locator("#compare-slider img").nth(1)
+    assert "50%" in second.get_attribute("style")
+    handle.focus()
+    handle.press("ArrowRight")
+    visitor.page.wait_for_function("document.activeElement.getAttribute('aria-valuenow') === '55'")
+    assert "50%" not in second.get_attribute("style")
+    box = handle.bounding_box()
+    visitor.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    visitor.page.mouse.down()
+    visitor.page.mouse.move(box["x"] - 150, box["y"] + box["height"] / 2, steps=4)
+    visitor.page.mouse.up()
+    assert handle.bounding_box()["x"] < box["x"] - 50
+
+
+def test_cancel_in_the_middle_and_run_again(visit, tmp_path):
+    visitor = visit()
+    visitor.type("steps", "100")
+    visitor.press("compare-run")
+    visitor.wait("compare-status", "plain")
+    visitor.page.wait_for_function(r"/[2-9]\/400/.test(document.querySelector('#compare-status').innerText)")
+    visitor.press("compare-cancel")
+    visitor.wait("compare-status", "Cancelled after")
+    done = int(re.search(r"after (\d+) of 400", visitor.text("compare-status"))[1])
+    assert 0 < done < 300
+    visitor.type("steps", "3")
+    visitor.run("compare")
+    assert pixels(visitor.download("download-plain", tmp_path)) == stock("a red square", 0, 3)
+
+
+def test_two_visitors_at_once_do_not_mix(visit, tmp_path):
+    first, second = visit(), visit()
+    first.type("prompt", "a red circle")
+    second.type("prompt", "a green star")
+    for visitor, seed in ((first, "1"), (second, "2")):
+        visitor.type("seed", seed)
+        visitor.type("steps", "3")
+    first.press("compare-run")
+    second.press("compare-run")
+    for visitor, prompt, seed in ((first, "a red circle", 1), (second, "a green star", 2)):
+        visitor.wait("compare-status", "Done")
+        path = visitor.download("download-plain", tmp_path)
+        assert metadata.read(path).parameters["Prompt"] == prompt
+        assert pixels(path) == stock(prompt, seed, 3)
+
+
+def test_wrong_inputs_are_sentences(visit):
+    visitor = visit()
+    visitor.type("steps", "2")
+    visitor.type("prompt", " ")
+    visitor.run("compare", "Write a prompt first")
+    visitor.type("prompt", "a red square")
+    visitor.open("Size and guidance")
+    visitor.type("width", "100")
+    visitor.run("compare", "Give both width and height")
+    visitor.type("height", "100")
+    visitor.run("compare", "sides must be multiples of")
+    visitor.type("width", "")
+    visitor.type("height", "")
+    visitor.type("model", "/etc")
+    visitor.page.locator("#model input").press("Enter")
+    visitor.run("compare", "no model this page may load")
+    visitor.choose("model", "shapes-sd")
+    visitor.open("Methods and their settings")
+    visitor.page.get_by_label("Forecast").check()
+    visitor.wait("recipe-message", "skip_cache and forecast both replace")
+    visitor.run("compare", "skip_cache and forecast both replace")
+    visitor.page.get_by_label("Skip cache").uncheck()
+    visitor.page.get_by_label("Forecast").uncheck()
+    visitor.page.get_by_label("Region sampling").check()
+    visitor.wait("recipe-message", "works on diffusion transformers")
+    visitor.run("compare", "works on diffusion transformers")
+    visitor.page.get_by_label("Region sampling").uncheck()
+    visitor.page.get_by_label("Step schedule").check()
+    visitor.type("field-step_schedule-fraction", "0.5")
+    visitor.wait("recipe-message", "fraction=0.5")
+    visitor.run("compare")  # and all is well again
+    assert "1 evaluations" in visitor.text("compare-steps")
+
+
+def test_a_recipe_goes_out_and_comes_back(visit, tmp_path):
+    visitor = visit()
+    visitor.choose("preset", "fast")
+    visitor.wait("recipe-message", "interval=5")
+    visitor.open("Methods and their settings")
+    visitor.type("field-skip_cache-interval", "4")
+    visitor.wait("recipe-message", "interval=4")
+    assert visitor.page.locator("#preset input").input_value() == "custom"
+    visitor.open("Recipe file")
+    path = visitor.download("recipe-download", tmp_path)
+    data = json.loads(path.read_text())
+    assert [(method["method"], method["interval"]) for method in data["methods"]] == [("skip_cache", 4)]
+
+    other = visit()
+    other.open("Recipe file")
+    other.upload("recipe-upload", path)
+    other.wait("recipe-message", "interval=4")
+    other.open("Methods and their settings")
+    assert other.page.locator("#field-skip_cache-interval input").input_value() == "4"
+    (tmp_path / "bad.json").write_text('{"schema": 1, "methods": [{"method": "erase", "file": "/etc/passwd"}]}')
+    other.upload("recipe-upload", tmp_path / "bad.json")
+    other.page.get_by_text("erase has no switches on this page").wait_for()
+
+
+def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):
+    visitor, other = visit(), visit()
+    for each in (visitor, other):
+        each.type("prompt", "a red circle")
+        each.type("steps", "4")
+    visitor.tab("Erase")
+    visitor.press("erase-undo")
+    visitor.wait("erase-status", "nothing to undo")
+    visitor.run("erase", "Name at least one concept")
+    visitor.type("concepts", "circle")
+    visitor.type("anchor", "square")
+    visitor.run("erase")
+    assert "circle" in visitor.text("erase-figures")
+    edit = visitor.download("erase-download", tmp_path)
+    assert edit.suffix == ".safetensors"
+    assert edit.stat().st_size > 1000
+
+    def plain(each: Visitor) -> bytes:
+        each.tab("Compare")
+        each.run("compare")
+        return pixels(each.download("download-plain", tmp_path))
+
+    untouched = stock("a red circle", 0, 4)
+    assert plain(visitor) == untouched  # computed, not applied
+    visitor.tab("Erase")
+    visitor.press("erase-apply")
+    visitor.wait("erase-state", "drawn without circle")
+    assert plain(visitor) != untouched
+    assert plain(other) == untouched
+    visitor.tab("Erase")
+    visitor.press("erase-undo")
+    visitor.wait("erase-state", "not applied")
+    assert plain(visitor) == untouched
+
+
+def test_explore_draws_a_grid_and_a_plot(visit):
+    visitor = visit()
+    visitor.type("steps", "4")
+    visitor.tab("Explore")
+    visitor.choose("explore-first", "Step schedule: fraction")
+    visitor.type("explore-first-values", "0.5, 2")
+    visitor.run("explore", "less than or equal to 1")
+    visitor.type("explore-first-values", "0.5, 0.75")
+    visitor.run("explore")
+    assert visitor.page.locator("#explore-gallery img").count() == 3
+    assert "fraction=0.75" in visitor.text("explore-figures")
+    plot = visitor.page.locator("#explore-plot img")
+    plot.wait_for()
+    assert plot.evaluate("image => image.naturalWidth") > 300
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_the_result(visit):
+    visitor = visit()
+    visitor.type("steps", "2")
+    nameless = visitor.page.evaluate(
+        """() => [...document.querySelectorAll('input, textarea, select, button')]
+        .filter((e) => e.offsetParent !== null)
+        .filter((e) => ![...(e.labels || [])].some((l) => l.innerText.trim()) && !e.getAttribute('aria-label')
+          && !e.getAttribute('aria-labelledby') && !e.innerText.trim() && !e.title)
+        .map((e) => e.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+    visitor.page.locator("#prompt textarea").focus()
+    for _ in range(60):
+        visitor.page.keyboard.press("Tab")
+        if visitor.page.evaluate("document.activeElement.id") == "compare-run":
+            break
+    visitor.page.keyboard.press("Enter")
+    visitor.wait("compare-status", "Done")
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser, address):
+    from playwright.sync_api import expect
+
+    context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(address)
+    expect(page.locator("#recipe-message")).to_contain_text("skip_cache", timeout=WORKING)
+    page.locator("#steps input").first.fill("2")
+    page.locator("#compare-run").click()
+    expect(page.locator("#compare-status")).to_contain_text("Done", timeout=WORKING)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.evaluate("document.body.classList.contains('dark')")
+    context.close()
