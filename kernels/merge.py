@@ -69,42 +69,50 @@ def _merge_tokens_torch(
     shift: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`embedding_bag` is torch's segmented sum: half the time of `index_add_` here, and one order of summation."""
-    batch, maps, channels = x.shape[0], start.shape[0], x.shape[2]
-    out = x.new_empty(batch, start.shape[1] - 1, channels)
-    for b in range(batch):
-        owner, values = b % maps, x[b].float()
-        if eps is not None:
-            values = F.layer_norm(values, (channels,), eps=eps)
-        share = None if weight is None else weight[owner].index_select(0, members[owner])
-        total = F.embedding_bag(
-            members[owner], values, start[owner], mode="sum", per_sample_weights=share, include_last_offset=True
-        )
-        if share is None:
-            inverse = start[owner].diff().float().reciprocal()[:, None]
-        else:
-            mass = F.embedding_bag(members[owner], weight[owner][:, None], start[owner], mode="sum", include_last_offset=True)  # type: ignore[index]  # fmt: skip
-            inverse = mass.reciprocal()
-        mean = total * inverse
-        mean = mean if scale is None else mean * scale[b % scale.shape[0]]
-        mean = mean if shift is None else mean + shift[b % shift.shape[0]]
-        out[b] = mean
-    return out
+    """On the CPU: `embedding_bag` is torch's segmented sum, half the time of `index_add_` and always in the same order."""
+    batch, tokens, channels = x.shape
+    values = x.float()
+    if eps is not None:
+        values = F.layer_norm(values, (channels,), eps=eps)
+    first = _flat(start[:, :-1], tokens, batch)
+    flat = _flat(members, tokens, batch)
+    if weight is None:
+        share, mass = None, start.diff().float()
+    else:
+        share = weight.gather(1, members.long())
+        lists = (_flat(x, tokens, len(weight)) for x in (members, start[:, :-1]))
+        mass = _sums(weight.reshape(-1, 1), *lists).view(len(weight), -1)
+        share = share.repeat(batch // len(weight), 1).flatten()
+    total = _sums(values.reshape(-1, channels), flat, first, share)
+    inverse = mass.reciprocal().repeat(batch // start.shape[0], 1)
+    mean = total.view(batch, -1, channels).mul_(inverse[..., None])
+    mean = mean if scale is None else mean * scale[:, None]
+    mean = mean if shift is None else mean + shift[:, None]
+    return mean.to(x.dtype)
+
+
+def _sums(values: Tensor, members: Tensor, first: Tensor, share: Tensor | None = None) -> Tensor:
+    """Sum over each list, which begins at `first`: one pass in the order of the lists."""
+    return F.embedding_bag(members, values, first, mode="sum", per_sample_weights=share)
+
+
+def _flat(numbers: Tensor, tokens: int, batch: int) -> Tensor:
+    """Numbers within each map's row to numbers within all rows of the batch joined, `tokens` apart."""
+    rows = numbers.repeat(batch // numbers.shape[0], 1)
+    return (rows + tokens * torch.arange(batch, dtype=torch.int32, device=rows.device)[:, None]).flatten()
 
 
 def _unmerge_tokens_torch(
     y: Tensor, slot: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
-    batch, maps = y.shape[0], slot.shape[0]
-    out = y.new_empty(batch, slot.shape[1], y.shape[2])
-    for b in range(batch):
-        if gate is None and residual is None:
-            torch.index_select(y[b], 0, slot[b % maps], out=out[b])
-            continue
-        copied = y[b].index_select(0, slot[b % maps]).float()
-        copied = copied if gate is None else copied * gate[b].float()
-        out[b] = copied if residual is None else copied + residual[b]
-    return out
+    batch, kept, channels = y.shape
+    copied = y.reshape(-1, channels).index_select(0, _flat(slot, kept, batch)).view(batch, -1, channels)
+    if gate is None and residual is None:
+        return copied
+    wide = copied.float()
+    wide = wide if gate is None else wide * gate.float()[:, None]
+    wide = wide if residual is None else wide + residual
+    return wide.to(y.dtype)
 
 
 # Size is the number of channels one program owns: all of them where it must know a whole token (LayerNorm), else 512.
