@@ -13,10 +13,11 @@ from typing import Any
 
 import gradio as gr
 
-from diffaccel.demo import comparing, erasing, exploring, recipes
+from diffaccel.batch import BatchError
+from diffaccel.demo import batching, comparing, erasing, exploring, recipes
 from diffaccel.demo.engine import Ask, Cancelled, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, build_recipe, offered, show_recipe
-from diffaccel.demo.markup import message
+from diffaccel.demo.markup import message, notes
 from diffaccel.demo.sessions import Session, Sessions
 from diffaccel.errors import DiffaccelError
 from diffaccel.method import registry
@@ -160,11 +161,13 @@ class Actions:
         return self.problem(request), gr.update(interactive=True), gr.update(interactive=False)
 
     @contextmanager
-    def _run(self, tab: str, request: gr.Request, progress: gr.Progress) -> Iterator[tuple[Session, Watch]]:
+    def _run(
+        self, tab: str, request: gr.Request, progress: gr.Progress, unit: str = "steps"
+    ) -> Iterator[tuple[Session, Watch]]:
         session = self.session(request)
 
         def show(done: int, total: int, text: str) -> None:
-            progress((done, total), desc=text, unit="steps")
+            progress((done, total), desc=text, unit=unit)
 
         with session.running(tab) as cancel, self._readable(session):
             yield session, Watch(show, cancel)
@@ -277,6 +280,65 @@ class Actions:
             message("Done: look at both pictures, then apply the edit or change it.", "good"),
         )
 
+    # --- batch ---
+
+    def check_batch(
+        self,
+        file: str | None,
+        seed: float,
+        steps: float,
+        guidance: float | None,
+        width: float | None,
+        height: float | None,
+        format: str,
+        metadata: bool,
+        request: gr.Request,
+    ) -> str:
+        """The uploaded list as it will be drawn, or all that is wrong with it."""
+        session = self.session(request)
+        if file is None:
+            return ""
+        try:
+            options = _options("", seed, steps, guidance, width, height, format, metadata)
+            return batching.preview(batching.check(session, file, options))
+        except BatchError as error:
+            return _problems(error)
+        except DiffaccelError as error:
+            return message(sentence(error), "bad")
+
+    def batch(
+        self,
+        model: str,
+        negative: str,
+        seed: float,
+        steps: float,
+        guidance: float | None,
+        width: float | None,
+        height: float | None,
+        recipe: str,
+        file: str | None,
+        format: str,
+        metadata: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Update, ...]:
+        """The last pictures, figures, the archive, a sentence."""
+        try:
+            with self._run("batch", request, progress, unit="pictures") as (session, watch):
+                options = _options(negative, seed, steps, guidance, width, height, format, metadata)
+                chosen = recipes.from_text(recipe, self.engine, model)
+                found = batching.run(self.engine, session, model, file, chosen, options, watch)
+        except Cancelled as stop:
+            return *([gr.skip()] * 3), message(str(stop))
+        report = found.report
+        gallery = gr.update(value=[str(path) for path in found.pictures[-batching.SHOWN :]], visible=True)
+        archive = None if found.archive is None else str(found.archive)
+        text = f"{report.done} of {report.total} pictures"
+        ended = message(f"Cancelled: {text} are complete.") if found.cancelled else message(f"Done: {text}.", "good")
+        return gallery, found.figures(), gr.update(value=archive, interactive=archive is not None), ended
+
+    # --- the edit ---
+
     def apply(self, request: gr.Request) -> str:
         """Apply this visitor's edit."""
         with self._readable(self.session(request)):
@@ -298,6 +360,22 @@ def _ask(prompt: str, negative: str, seed: Any, steps: Any, guidance: Any, width
         width=width,
         height=height,
     )
+
+
+def _options(
+    negative: str, seed: Any, steps: Any, guidance: Any, width: Any, height: Any, kind: str, metadata: bool
+) -> batching.Options:
+    ask = _ask("any", negative, seed, steps, guidance, width, height)  # checks them
+    return batching.Options(ask.seed, ask.steps, ask.guidance, ask.size, ask.negative, kind, bool(metadata))
+
+
+def _problems(error: BatchError) -> str:
+    """All problems of a list, or its one sentence."""
+    if not error.problems:
+        return message(sentence(error), "bad")
+    count = len(error.problems)
+    head = f"{count} {'problem' if count == 1 else 'problems'} in the list:"
+    return message(head, "bad") + notes([str(problem) for problem in error.problems[:50]])
 
 
 def _edit_note(session: Session) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from diffaccel.demo.actions import Actions
+from diffaccel.demo.batching import KINDS
 from diffaccel.demo.fields import Field, offered, words
 from diffaccel.demo.markup import message
 from diffaccel.demo.recipes import CUSTOM
@@ -86,6 +87,8 @@ def build(actions: Actions) -> gr.Blocks:
                     _explore(actions, picture, switches)
                 with gr.Tab("Erase", id="erase", elem_id="tab-erase"):
                     _erase(actions, picture, switches)
+                with gr.Tab("Batch", id="batch", elem_id="tab-batch"):
+                    _batch(actions, picture, switches)
         _wire_recipe(page, actions, picture, switches)
         page.unload(actions.leave)
     page.queue(max_size=64, default_concurrency_limit=4)
@@ -435,3 +438,49 @@ def _erase(actions: Actions, picture: Picture, switches: Switches) -> None:
     undone = undo.click(actions.undo, None, state, api_name="undo_edit", **QUICK)
     for event in (applied, undone):
         event.failure(actions.problem, None, buttons.status, api_visibility="private", **QUICK)
+
+
+def _batch(actions: Actions, picture: Picture, switches: Switches) -> None:
+    gr.Markdown(
+        "Upload a list: a text file with a prompt a line, or CSV, JSONL or Parquet with a column `prompt` and, where rows "
+        "differ, `negative_prompt`, `seed`, `steps`, `width`, `height`, `guidance_scale`, `recipe` and `name`. What a row "
+        "does not say comes from the left; picture *i* gets the seed there plus *i*.",
+        elem_id="batch-about",
+    )
+    file = gr.File(label="List", file_types=list(KINDS), type="filepath", height=130, elem_id="batch-file")
+    with gr.Row():
+        kind = gr.Dropdown(
+            ["png", "jpeg", "webp"], value="png", label="File format", min_width=140, elem_id="batch-format"
+        )
+        metadata = gr.Checkbox(
+            True,
+            label="Metadata in the pictures",
+            info="Prompt, seed, recipe and report as text.",
+            min_width=180,
+            elem_id="batch-metadata",
+        )
+    preview = gr.HTML(elem_id="batch-preview")
+    buttons = _buttons("batch", "Draw all")
+    figures = gr.HTML(elem_id="batch-figures")
+    gallery = gr.Gallery(
+        label="The last pictures",
+        type="filepath",
+        interactive=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="batch-gallery",
+    )
+    archive = gr.DownloadButton("Download all as ZIP", interactive=False, elem_id="batch-download")
+    numbers = [picture.seed, picture.steps, picture.guidance, picture.width, picture.height]
+    file.change(actions.check_batch, [file, *numbers, kind, metadata], preview, api_name="check_batch", **QUICK)
+    _wire_run(
+        actions,
+        "batch",
+        switches,
+        buttons,
+        actions.batch,
+        [picture.model, picture.negative, *numbers, switches.text, file, kind, metadata],
+        [gallery, figures, archive],
+    )
