@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffaccel.kernels.cache_write import cache_write
 from diffaccel.methods.regions_history import History
 from diffaccel.methods.regions_select import flat_index, gather_rows
-from diffaccel.models.regions import RegionFacts, Site, Table
+from diffaccel.models.regions import RegionFacts, Site, Table, rotate_pairs
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.seams import Seams
 
@@ -80,7 +81,9 @@ class Pass:
     text_table: Table = ()
     image_table: Table = ()
     _flat: dict[int, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[int, torch.Tensor] = field(default_factory=dict)
     _rotations: dict[tuple[bool, bool], Table] = field(default_factory=dict)
+    _whole_tables: dict[bool, Table] = field(default_factory=dict)
 
     @property
     def stands_in(self) -> bool:
@@ -94,6 +97,14 @@ class Pass:
             self._flat[before] = flat_index(self.index, self.tokens, before)
         return self._flat[before]
 
+    def rows(self, before: int) -> torch.Tensor:
+        """(rows, computed tokens) int32, their numbers in a row's sequence with `before` text tokens in front."""
+        assert self.index is not None
+        if before not in self._rows:
+            text = torch.arange(before, device=self.index.device).expand(len(self.index), before)
+            self._rows[before] = torch.cat([text, before + self.index], dim=1).int()
+        return self._rows[before]
+
     def text_before(self, site: Site, length: int) -> int:
         """Text tokens in front of the image tokens of a sequence of `length` projected tokens."""
         return length - (self.tokens if self.index is None else self.index.shape[1]) if site.joint else 0
@@ -105,6 +116,14 @@ class Pass:
             joined = tuple(_join(columns) for columns in zip(*parts, strict=True))
             self._rotations[text, image] = tuple(column.unsqueeze(2) for column in joined)
         return self._rotations[text, image]
+
+    def whole_table(self, *, text: bool) -> Table:
+        """The position table of all tokens, (tokens, size) or (rows, tokens, size), the text's in front if wanted."""
+        if text not in self._whole_tables:
+            columns = zip(*[self.text_table] * text, self.image_table, strict=True)
+            joined = [_join(column) for column in columns]
+            self._whole_tables[text] = tuple(table[0] if len(table) == 1 else table for table in joined)
+        return self._whole_tables[text]
 
     def _image_rotation(self) -> Table:
         if self.index is None:
@@ -187,17 +206,31 @@ class TokenGate:
         key, now = original(*args, **kwargs), self._pass
         if now is None or not now.stands_in:
             return key
-        if self.facts.rotary is not None:
-            key = self.facts.rotary.rotate(key, now.rotation(text=site.joint, image=True))
-        if site.heads_first:
-            return _whole(now, site, now.stored.keys, number, key.transpose(1, 2)).transpose(1, 2)
-        return _whole(now, site, now.stored.keys, number, key)
+        rotary = self.facts.rotary
+        table: Table = ()
+        if rotary is not None and now.index is not None and rotary.rotate is rotate_pairs:
+            table = now.whole_table(text=site.joint)  # the operator rotates while it writes
+        elif rotary is not None:
+            key = rotary.rotate(key, now.rotation(text=site.joint, image=True))
+        key = key.transpose(1, 2) if site.heads_first else key
+        if now.index is None:
+            _keep(now.stored.keys, number, key)
+        else:
+            new, whole = _places(now.stored.keys[number], key)
+            cache_write(new, None, whole, None, now.rows(now.text_before(site, key.shape[1])), *table)
+            key = whole.view(len(key), -1, *key.shape[2:])
+        return key.transpose(1, 2) if site.heads_first else key
 
     def _values(self, number: int, site: Site, original: Forward, *args: Any, **kwargs: Any) -> Any:
         value, now = original(*args, **kwargs), self._pass
         if now is None or not now.stands_in:
             return value
-        return _whole(now, site, now.stored.values, number, value)
+        if now.index is None:
+            _keep(now.stored.values, number, value)
+            return value
+        new, whole = _places(now.stored.values[number], value)
+        cache_write(None, new, None, whole, now.rows(now.text_before(site, value.shape[1])))
+        return whole.view(len(value), -1, *value.shape[2:])
 
     def _rotated(self, original: Forward, *args: Any, text: bool, image: bool, **kwargs: Any) -> Any:
         output, now = original(*args, **kwargs), self._pass
@@ -220,14 +253,15 @@ class TokenGate:
         return original(*args, **self.facts.adapt(kwargs, now.tokens, now.index.shape[1], now.image_table or None))
 
 
-def _whole(now: Pass, site: Site, stored: dict[int, torch.Tensor], number: int, fresh: torch.Tensor) -> torch.Tensor:
-    """Keys or values (rows, projected tokens, ...) in, those of all tokens out."""
-    flat = fresh.reshape(fresh.shape[0] * fresh.shape[1], -1)
-    if now.index is None:
-        stored[number] = flat.contiguous()  # no copy where the projection's own output is left as it is
-        return fresh
-    whole = stored[number].index_copy_(0, now.flat(now.text_before(site, fresh.shape[1])), flat)
-    return whole.view(fresh.shape[0], -1, *fresh.shape[2:])
+def _keep(stored: dict[int, torch.Tensor], number: int, fresh: torch.Tensor) -> None:
+    """Keys or values (rows, tokens, ...) of a dense pass; no copy where they can be taken as they are."""
+    stored[number] = fresh.reshape(fresh.shape[0] * fresh.shape[1], -1).contiguous()
+
+
+def _places(stored: torch.Tensor, fresh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was projected and what is stored, both as (rows, tokens, heads, size); one head where heads are not split."""
+    fresh = fresh if fresh.dim() == 4 else fresh.unsqueeze(2)
+    return fresh, stored.view(len(fresh), -1, *fresh.shape[2:])
 
 
 def _part(site: Site, name: str) -> nn.Module:
