@@ -69,6 +69,24 @@ def test_erase_concept(run):
     assert Path("proof", "proof.json").exists()
 
 
+def test_batch_list(run):
+    """All rows made once, found complete the second time; a wrong list is complained about row by row."""
+    found = run("batch_list")
+    assert (found["report"].made, found["report"].exit_code) == (3, 0)
+    assert (found["again"].made, found["again"].skipped) == (0, 3)
+    assert sorted(path.name for path in Path("pictures").glob("*.png")) == ["circle.png", "square.png", "star.png"]
+    assert [problem.row for problem in found["problems"]] == [1, 2]
+
+
+def test_batch_workers(run):
+    """Alone, as any single process; tests/test_batch*.py start several."""
+    found = run("batch_workers")
+    found["PartialState"]._reset_state()  # it is one per process
+    report = found["report"]
+    assert (report.made, report.exit_code) == (4, 0)
+    assert len(list(Path("pictures").glob("*.png"))) == 4
+
+
 def test_own_method(run):
     """A full evaluation on every third one, and one more when guidance ends at the eleventh."""
     found = run("own_method")
