@@ -56,21 +56,21 @@ def texts(seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def tokenizer() -> Any:
-    """CLIP's, with a vocabulary in which each of our words is one token."""
-    from transformers import CLIPTokenizer
+    """Puts start and end around the words, as CLIP's does; every word is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
+    start, end = "<|startoftext|>", "<|endoftext|>"
     plain = [word for text in (*GENERAL, *CONTEXTS, *TEMPLATES) for word in text.replace("{}", "").split()]
-    vocabulary = [chr(code) for code in range(33, 127)] + [chr(code) + "</w>" for code in range(33, 127)]
-    merges: dict[tuple[str, str], None] = {}
-    for word in [*words(), *plain]:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # from the front, so that all words that begin alike share their merges
-            merges[parts[0], parts[1]] = None
-            parts[:2] = [parts[0] + parts[1]]
-            vocabulary.append(parts[0])
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=numbers, merges=list(merges), model_max_length=77)
+    numbers = {word: i for i, word in enumerate(dict.fromkeys((end, start, *words(), *plain)))}
+    core = Tokenizer(models.WordLevel(numbers, unk_token=end))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, numbers[start]), (end, numbers[end])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=start, eos_token=end, pad_token=end, unk_token=end, model_max_length=77
+    )
 
 
 def pipeline() -> Any:
@@ -93,7 +93,7 @@ def pipeline() -> Any:
         text_encoder=CLIPTextModel(config).eval(),
         tokenizer=tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -52,7 +52,9 @@ def erase(
     ] = None,
     keep: Annotated[list[str] | None, typer.Option("--keep", "-k", help="What must stay; repeatable.")] = None,
     anchor: Annotated[str | None, typer.Option(help="What takes its place; default: nothing in particular.")] = None,
-    method: Annotated[Method, typer.Option(help="How to erase.")] = Method.speed,
+    method: Annotated[
+        Method | None, typer.Option(help="How to erase; default: context if there is an anchor, else uce.")
+    ] = None,
     prompt_list: Annotated[
         Path | None,
         typer.Option(
@@ -80,15 +82,17 @@ def erase(
     debug: Debug = False,
 ) -> None:
     """Erase concepts: write a small edit file for apply_edit, and with --prove what it does."""
+    from diffaccel.erasure.concepts import settle
     from diffaccel.erasure.settings import settings_of
-    from diffaccel.erasure.solve import WeakErasure
+    from diffaccel.erasure.solve import WeakErasure, suited_method
     from diffaccel.erasure.solve import erase as compute
     from diffaccel.loading import default_guidance, load_pipeline
     from diffaccel.output import OutputFolder
 
     request = _request(concepts or [], file, keep or [], anchor)
     request["prompts"] = [] if prompt_list is None else _lines(prompt_list)
-    chosen = settings_of(method.value, _settings(setting or []))
+    settled, _ = settle(request["concepts"], request["keep"], request["anchor"])  # refused before a model is loaded
+    chosen = settings_of(suited_method(settled) if method is None else method.value, _settings(setting or []))
     folder = OutputFolder(output, overwrite)
     target = folder.claim(_file_name(request["concepts"]))
     if prove:

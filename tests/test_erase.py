@@ -495,3 +495,27 @@ def test_defaults_work_on_the_bundled_model(method):
     assert edit.method == method
     assert edit.parameters["tokens"] == ("context" if method == "mace" else "last")
     assert len(edit.modules) == (7 if method == "speed" else 14)
+
+
+# --- the default ---
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"anchor": "square"}, "context"),
+        ({}, "uce"),
+        ({"concepts": [Concept(target="circle", anchor="square"), "star"]}, "uce"),  # one has nothing to become
+        ({"concepts": ConceptList(concepts=("circle", "star"), anchor="square")}, "context"),
+        ({"anchor": "square", "method": "speed"}, "speed"),
+    ],
+)
+def test_the_default_method_follows_from_the_anchors(pipes, options, method):
+    assert erase(pipes["sd"], **{"concepts": ["circle"], "general": False, **options}).method == method
+
+
+def test_settings_go_to_the_default_method(pipes):
+    found = erase(pipes["sd"], anchor="square", general=False, erase_weight=3.0)
+    assert (found.method, found.parameters["erase_weight"]) == ("context", 3.0)
+    with pytest.raises(ErasureError, match=r"^context: threshold"):
+        erase(pipes["sd"], anchor="square", threshold=0.1)

@@ -39,7 +39,7 @@ def erase(
     keep: Sequence[str] = (),
     anchor: str | None = None,
     prompts: Sequence[str] = (),
-    method: str | Settings = "speed",
+    method: str | Settings | None = None,
     **settings: Any,
 ) -> Edit:
     """Compute the edit that makes a pipeline forget concepts; nothing is changed yet.
@@ -51,7 +51,8 @@ def erase(
         anchor: what to draw instead, for concepts without an anchor of their own; None or "" is the empty prompt.
         prompts: texts of the kind that the model gets. Those that name a concept take the place of the method's templates,
             those that name none are preserved.
-        method: "uce", "rece", "speed", "mace" or "context", or a settings object of `diffaccel.erasure`.
+        method: "uce", "rece", "speed", "mace" or "context", or a settings object of `diffaccel.erasure`. None is "context"
+            if every concept has an anchor, which it needs, and else "uce"; `Edit.method` says which it was.
         **settings: of the method, see `diffaccel.erasure.UCE`, `RECE`, `SPEED`, `MACE` and `Context`.
 
     Raises:
@@ -61,11 +62,11 @@ def erase(
     Warns:
         WeakErasure: a null space leaves so little of a concept that the edit will hardly be seen.
     """
-    chosen = settings_of(method, settings)
     if isinstance(concepts, ConceptList):
         keep, anchor = [*keep, *concepts.keep], concepts.anchor if anchor is None else anchor
         concepts = concepts.concepts
     settled, kept = settle(concepts, keep, anchor)
+    chosen = settings_of(suited_method(settled) if method is None else method, settings)
     _refuse_nothing_instead(chosen, settled)
     sorted_prompts = sort_prompts(prompts, settled)
     chosen = _with_templates(chosen, sorted_prompts.templates)
@@ -93,6 +94,11 @@ def erase(
         versions=_versions(),
         maps=tuple(maps),
     )
+
+
+def suited_method(concepts: Sequence[Concept]) -> str:
+    """The method that erased and spared most on the bundled models (docs/erasure.md), by name."""
+    return "context" if all(concept.anchor for concept in concepts) else "uce"
 
 
 def _refuse_needless_choice(chosen: Settings, routes: tuple[Route, ...]) -> None:
