@@ -31,6 +31,7 @@ from diffaccel.kernels.block_selection import (
 )
 from diffaccel.kernels.registration import recording
 from diffaccel.method import Method, register
+from diffaccel.methods.cache_plan import note_whole_controlnets
 from diffaccel.methods.tokens import MinTokens, median_seconds
 from diffaccel.model_map import ModelMap
 from diffaccel.models.attention_sites import ImageAttention, image_attentions
@@ -84,6 +85,7 @@ class SparseAttention(Method):
         sparse = _Sparse(self, model, run, seams)
         run.around("denoiser", Layer.ATTENTION, sparse.around)
         seams.on_close(sparse.settle)
+        note_whole_controlnets(model, run, self.name)
 
     def lists(self, query: torch.Tensor, key: torch.Tensor, blocks: TokenBlocks, scale: float | None) -> KeyLists:
         """Key blocks of each query block under these settings."""
@@ -166,6 +168,8 @@ class _Pass:
         due: those of them that make new lists.
         ran: per shape how many ran sparse, and the pairs they visited; summed on the device, read when the run ends.
         seen: queries, keys and values of the first attention of each shape that nobody has judged yet.
+        made: sites that did make new lists.
+        picture, grid: tokens of the picture, and their rows and columns.
     """
 
     lane: _Lane
@@ -175,6 +179,7 @@ class _Pass:
     due: frozenset[int] = frozenset()
     ran: dict[_Shape, tuple[int, Any]] = field(default_factory=dict)
     seen: dict[_Shape, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    made: int = 0
     picture: int = 0
     grid: tuple[int, int] | None = None
 
@@ -189,7 +194,6 @@ class _Sparse:
         self.verdicts: dict[_Shape, _Verdict] = {}
         self.done: list[tuple[Evaluation, int, dict[_Shape, tuple[int, Any]]]] = []
         self.now: _Pass | None = None
-        self.sites: dict[int, dict[int, ImageAttention]] = {}
         self.networks: dict[int, Any] = {}
         for network, layout in model.denoisers:
             if isinstance(layout, TransformerLayout):
@@ -239,7 +243,7 @@ class _Sparse:
 
     def _count(self, now: _Pass) -> None:
         sparse = sum(times for times, _ in now.ran.values())
-        self.run.count(self.config.name, **{"sparse attentions": sparse, "lists made": len(now.due) if sparse else 0})
+        self.run.count(self.config.name, **{"sparse attentions": sparse, "lists made": now.made})
 
     def settle(self) -> None:
         """Replace the FLOPs of full lists by those of the pairs that were visited."""
@@ -312,6 +316,7 @@ class _Sparse:
             )
         if number in now.due:
             lists = self.config.lists(query, key, shape.blocks(), scale)
+            now.made += 1
             now.lane.lists[number] = _Made(self.run.clock.step, lists, attended_pairs(lists))
         made = now.lane.lists[number]
         times, pairs = now.ran.get(shape, (0, 0))
