@@ -118,8 +118,9 @@ def negative_text(method: str, network: nn.Module, layout: UNetLayout | Transfor
     """How to get negative text for this denoiser.
 
     Raises:
-        Unsupported: unknown, or the text reaches more than the cross-attentions.
+        Unsupported: unknown, the text reaches more than the cross-attentions, or an IP-Adapter is loaded.
     """
+    _refuse_adapters(method, network)
     if isinstance(layout, UNetLayout):
         config: Any = network.config
         if config.addition_embed_type not in (None, "text_time") or config.encoder_hid_dim_type not in (
