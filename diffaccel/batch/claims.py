@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -66,6 +67,7 @@ class Member:
         self._thread.join()
         with contextlib.suppress(OSError):
             (self.folder / self.name).unlink()
+        self.tidy()
 
     def _run(self) -> None:
         while not self._stop.wait(self.lease / BEATS_PER_LEASE):
@@ -80,6 +82,14 @@ class Member:
         temporary = self.folder / f".{self.name}.tmp"
         temporary.write_text(json.dumps({**self.card, "beat": self._beat}))
         os.replace(temporary, self.folder / self.name)
+
+    def tidy(self) -> None:
+        """Remove the cards of dead workers; who has none is dead as well."""
+        for path in self.folder.iterdir():
+            name = path.name.removeprefix(".").removesuffix(".tmp")
+            if name != self.name and not self.is_alive(name):
+                with contextlib.suppress(OSError):  # another worker tidies as well
+                    path.unlink()
 
     def others(self) -> list[str]:
         """What the other living workers of the folder work on, one entry each."""
@@ -139,8 +149,12 @@ class Claims:
     def attempts(self) -> dict[str, int]:
         """The highest attempt of every unit that was ever claimed."""
         found: dict[str, int] = {}
-        for entry in os.scandir(self.folder):
-            unit, _, attempt = entry.name.rpartition(".")
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # all is done, and another worker has tidied up
+            return found
+        for name in names:
+            unit, _, attempt = name.rpartition(".")
             if unit and not unit.startswith(".") and attempt.isdecimal():
                 found[unit] = max(found.get(unit, -1), int(attempt))
         return found
@@ -173,12 +187,12 @@ class Claims:
             with path.open("x") as file:
                 file.write(self.member.name)
             return True
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # taken; or all is done, and another worker has tidied up
             return False
 
     def is_mine(self, unit: str, attempt: int) -> bool:
-        """Whether nobody took over since."""
-        return not (self.folder / f"{unit}.{attempt + 1}").exists()
+        """Whether nobody took over since, and the claims were not tidied up because others finished everything."""
+        return self.owner(unit, attempt) == self.member.name and not (self.folder / f"{unit}.{attempt + 1}").exists()
 
     def is_free(self, unit: str, attempt: int) -> bool:
         """Whether the owner of the newest attempt is believed dead, so that the next attempt may be made."""
@@ -188,9 +202,7 @@ class Claims:
         return not self.member.is_alive(owner)
 
     def remove(self) -> None:
-        """Tidy up after the last unit is done."""
-        for path in self.folder.iterdir():
-            with contextlib.suppress(OSError):
-                path.unlink()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        """Tidy up after the last unit is done; left to the last worker, since the others may still be looking."""
+        if self.member.others():
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)  # in the way of nobody if it stays

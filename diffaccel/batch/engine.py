@@ -133,12 +133,12 @@ class Worker:
         open_batches = self._unsettled(range(len(self.plan.batches)) if batches is None else batches)
         on_progress(self.tally.progress())
         while open_batches and not self._stops():
-            worked = self._pass(open_batches)
-            if not worked:  # others hold what is left; all of ours is stored
+            if not self._pass(open_batches):
                 self.tally.absorb_own(self.writer.drain())
-                time.sleep(min(1.0, self.plan.settings.lease / 20))
             self.tally.refresh()
-            open_batches = self._unsettled(open_batches)
+            before, open_batches = open_batches, self._unsettled(open_batches)
+            if open_batches == before:  # others hold what is left
+                time.sleep(min(1.0, self.plan.settings.lease / 20))
             on_progress(self.tally.progress())
         self.tally.absorb_own(self.writer.drain())
         self.tally.refresh()

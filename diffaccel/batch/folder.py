@@ -30,6 +30,7 @@ def prepare(plan: BatchPlan, store: Store, member: Member, pipeline: str) -> Non
         saved = store.saved()
         if saved is not None and saved == wanted:
             store.tidy(member.is_alive)
+            member.tidy()
             return
         attempt = claims.attempts().get(SETUP, -1)
         free = attempt < 0 or claims.is_free(SETUP, attempt)
