@@ -224,6 +224,7 @@ class Actions:
         second_values: str,
         baseline: bool,
         warm: bool,
+        over: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Update, ...]:
@@ -234,9 +235,8 @@ class Actions:
                 chosen = recipes.from_text(recipe, self.engine, model)
                 pairs = [(name, text) for name, text in ((first, first_values), (second, second_values)) if name]
                 axes = [exploring.Axis.of(name, text or "") for name, text in pairs]
-                found = exploring.explore(
-                    self.engine, session, model, ask, chosen, axes, watch, baseline=bool(baseline), warm=bool(warm)
-                )
+                how: Any = {"baseline": bool(baseline), "warm": bool(warm), "over": exploring.axis_of(over)}
+                found = exploring.explore(self.engine, session, model, ask, chosen, axes, watch, **how)
         except Cancelled as stop:
             return *([gr.skip()] * 3), message(str(stop))
         gallery = gr.update(value=found.gallery(), visible=True)

@@ -59,7 +59,7 @@ class Batched:
             ]
         )
         rows = [(f"row {failure.row}", failure.sentence) for failure in report.failures[:50]]
-        failed = table(("", "why it failed"), rows, "Failed rows") if rows else ""
+        failed = table(("", "why it failed"), rows, "Failed rows", text=True) if rows else ""
         return shown + failed + notes([*report.notes, *([report.stopped] if report.stopped else [])])
 
 
@@ -159,4 +159,4 @@ def preview(plan: BatchPlan) -> str:
         for row in plan.rows[:8]
     ]
     more = f", the first {len(rows)} of them" if len(plan.rows) > len(rows) else ""
-    return table(header, rows, f"{len(plan.rows)} rows, all valid{more}")
+    return table(header, rows, f"{len(plan.rows)} rows, all valid{more}", text=True)

@@ -49,7 +49,9 @@ class Compared:
 
     @property
     def pace(self) -> tuple[str, str]:
-        """The speed-up in words: ("1.90x", "faster") or ("1.10x", "slower")."""
+        """The speed-up in words: ("1.90x", "faster"), ("1.10x", "slower") or ("1.00x", "as fast")."""
+        if abs(self.speedup - 1) < 0.005:
+            return "1.00x", "as fast"
         slower = self.speedup < 1
         return f"{1 / self.speedup if slower else self.speedup:.2f}x", "slower" if slower else "faster"
 

@@ -17,12 +17,20 @@ from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, offered
 from diffaccel.demo.markup import decibel, table
 from diffaccel.demo.sessions import Session
-from diffaccel.frontier import save_frontier
+from diffaccel.frontier import Over, save_frontier
 from diffaccel.method import registry
 from diffaccel.output import safe_name
 from diffaccel.recipe import Recipe, build_method
 
 MOST_CELLS = 36
+COSTS: dict[str, Over] = {"FLOPs": "flops", "time": "seconds", "evaluations": "evaluations"}
+
+
+def axis_of(name: str) -> Over:
+    """What the plot's axis shows. Raises `PageError` for an unknown name."""
+    if name not in COSTS:
+        raise PageError(f"The plot has no axis {name!r}; choose one of {', '.join(COSTS)}.")
+    return COSTS[name]
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Explored:
     """The grid, plain and fewer steps, and the plot.
 
     Attributes:
-        warm: whether each was drawn once before the clock ran; only then is time worth plotting.
+        warm: whether each was drawn once before the clock ran.
     """
 
     plain: Drawn
@@ -99,7 +107,7 @@ class Explored:
         """(file, caption) of every picture, plain first."""
         return [
             (str(self.plain.path), "plain"),
-            *((str(c.drawn.path), f"{c.label} · {decibel(c.psnr)}") for c in self.cells),
+            *((str(c.drawn.path), c.label) for c in self.cells),
         ]
 
     def figures(self) -> str:
@@ -117,11 +125,11 @@ class Explored:
             )
             for cell in self.cells
         ]
-        return table(
-            header,
-            rows,
-            f"Against plain: {self.plain.report.seconds:.2f} s. One run each; counting FLOPs is part of their time.",
-        )
+        return table(header, rows, self._caption())
+
+    def _caption(self) -> str:
+        own = "" if self.warm else "; counting FLOPs is part of the times"
+        return f"Against plain with {self.plain.report.seconds:.2f} s; one run each{own}"
 
     def _speed(self, cell: Cell) -> float:
         return self.plain.report.seconds / max(cell.drawn.report.seconds, 1e-9)
@@ -172,8 +180,9 @@ def explore(
     *,
     baseline: bool = True,
     warm: bool = True,
+    over: Over = "flops",
 ) -> Explored:
-    """Draw the grid, the plain picture and, for the plot, the plain pipeline with fewer steps.
+    """Draw the grid, the plain picture and, for the plot over `over`, the plain pipeline with fewer steps.
 
     Raises:
         DiffaccelError: the model, the settings or a recipe; or `Cancelled`.
@@ -200,7 +209,7 @@ def explore(
             asked = ask.model_copy(update={"steps": steps})
             line.append(_cell(str(steps), engine.draw(stock, asked, watch, None, owner), plain))
     plot = folder / "speed-fidelity.png"
-    save_frontier(_rows(ask, plain, cells, line), plot, over="seconds" if warm else "flops")
+    save_frontier(_rows(ask, plain, cells, line), plot, over=over)
     return Explored(plain, tuple(cells), warm, plot)
 
 

@@ -122,15 +122,16 @@ def tiles(items: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="da-tiles">{cells}</div>'
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """A small table; the first column names the row."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, text: bool = False) -> str:
+    """A small table; the first column names the row. With `text`, cells are words rather than numbers."""
+    kind = "da-table da-words" if text else "da-table"
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
     return (
-        f'<div class="da-scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="da-table">'
+        f'<div class="da-scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="{kind}">'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

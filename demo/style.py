@@ -107,6 +107,7 @@ CSS = """
 .da-scroll table.da-table tr > * { padding: 7px 10px; text-align: right; white-space: nowrap; border: 0;
   border-bottom: 1px solid var(--border-color-primary); background: none; }
 .da-scroll table.da-table tr > *:first-child { text-align: left; padding-left: 2px; }
+.da-scroll table.da-words tr > * { text-align: left; }
 .da-table thead th { font-weight: 500; color: var(--body-text-color-subdued); }
 .da-method h4 { margin: 0 !important; padding: 10px 12px 0; font-size: 14px; }
 .da-method p { margin: 0; padding: 0 12px 10px; font-size: 13px; color: var(--body-text-color-subdued); }

@@ -71,3 +71,30 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def _without_browser() -> str:
+    """Why the browser tests cannot run here; empty if they can."""
+    from importlib.util import find_spec
+
+    from demo_server import VARIABLE, find_chromium
+
+    if find_spec("playwright") is None or find_spec("gradio") is None:
+        return "gradio or playwright is not installed"
+    return "" if find_chromium() else f"no Chromium was found on the path or under {VARIABLE}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave browser tests out where there is no browser; the summary says so."""
+    reason = _without_browser() if any("browser" in item.keywords for item in items) else ""
+    if reason:
+        left_out = [item for item in items if item.get_closest_marker("browser")]
+        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line that a reader of the summary cannot miss."""
+    reason = _without_browser()
+    if reason:
+        terminalreporter.write_line(f"browser tests left out: {reason}", yellow=True)

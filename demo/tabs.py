@@ -1,0 +1,298 @@
+"""The right side of the page: the four tabs, each with its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from diffaccel.demo.actions import Actions
+from diffaccel.demo.batching import KINDS
+from diffaccel.demo.controls import QUICK, Picture, Switches
+from diffaccel.demo.exploring import COSTS
+from diffaccel.demo.fields import words
+from diffaccel.demo.markup import message
+from diffaccel.erasure.settings import METHODS as ERASURES
+
+WORKER = "model"  # one queue for everything that needs the model
+
+
+@dataclass(frozen=True)
+class Buttons:
+    """Start, stop, and the sentence beside them."""
+
+    run: gr.Button
+    cancel: gr.Button
+    status: gr.HTML
+
+
+def _buttons(tab: str, label: str) -> Buttons:
+    with gr.Row():
+        run = gr.Button(label, variant="primary", min_width=160, scale=3, elem_id=f"{tab}-run")
+        cancel = gr.Button("Cancel", variant="stop", min_width=100, scale=1, interactive=False, elem_id=f"{tab}-cancel")
+    return Buttons(run, cancel, gr.HTML(min_height=52, elem_id=f"{tab}-status"))
+
+
+def _warm(tab: str) -> gr.Checkbox:
+    return gr.Checkbox(
+        True,
+        label="Draw each picture once before the clock runs",
+        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
+        elem_id=f"{tab}-warm",
+    )
+
+
+def _wire_run(
+    actions: Actions,
+    tab: str,
+    switches: Switches,
+    buttons: Buttons,
+    work: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+) -> None:
+    """A run in three parts: claim the buttons, wait for the model and work, give the buttons back."""
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    started = buttons.run.click(
+        actions.prepare(tab),
+        switches.recipe,
+        [switches.text, buttons.run, buttons.cancel, buttons.status],
+        api_visibility="private",
+        **QUICK,
+    )
+    worked = started.success(
+        work,
+        list(inputs),
+        [*outputs, buttons.status],
+        api_name=tab,
+        concurrency_id=WORKER,
+        concurrency_limit=1,
+        show_progress_on=buttons.status,
+    )
+    after = [buttons.status, buttons.run, buttons.cancel]
+    worked.success(actions.ready, None, after, **quiet)
+    for event in (worked, started):
+        event.failure(actions.failed, None, after, **quiet)
+    buttons.cancel.click(
+        actions.cancel(tab), None, buttons.status, queue=False, show_progress="hidden", api_name=f"cancel_{tab}"
+    )
+
+
+def compare_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
+    buttons = _buttons("compare", "Compare")
+    warm = _warm("compare")
+    slider = gr.ImageSlider(
+        label="Plain | accelerated",
+        type="filepath",
+        interactive=False,
+        max_height=520,
+        buttons=["fullscreen"],
+        elem_id="compare-slider",
+    )
+    figures = gr.HTML(elem_id="compare-figures")
+    steps = gr.HTML(elem_id="compare-steps")
+    regions = gr.Image(
+        label="How often each region was computed: white is always, black never",
+        type="filepath",
+        interactive=False,
+        visible=False,
+        height=300,
+        buttons=["download", "fullscreen"],
+        elem_id="compare-regions",
+    )
+    with gr.Row():
+        plain = gr.DownloadButton("Download plain PNG", interactive=False, min_width=160, elem_id="download-plain")
+        fast = gr.DownloadButton(
+            "Download accelerated PNG", interactive=False, min_width=160, elem_id="download-accelerated"
+        )
+    _wire_run(
+        actions,
+        "compare",
+        switches,
+        buttons,
+        actions.compare,
+        [*picture.all, switches.text, warm],
+        [slider, figures, steps, regions, plain, fast],
+    )
+
+
+def explore_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
+    settings = [(f"{words(f.method)}: {f.label.lower()}", f"{f.method}.{f.name}") for f in actions.fields]
+    gr.Markdown(
+        "Vary one or two settings of the recipe on the left; everything else stays. A method that is not in the recipe is "
+        "added.",
+        elem_id="explore-about",
+    )
+    with gr.Row():
+        first = gr.Dropdown(
+            settings, value="skip_cache.interval", label="Setting", min_width=200, elem_id="explore-first"
+        )
+        first_values = gr.Textbox(
+            "2, 3, 5", label="Values", info="With commas.", min_width=160, elem_id="explore-first-values"
+        )
+    with gr.Row():
+        second = gr.Dropdown(
+            [("none", ""), *settings], value="", label="Second setting", min_width=200, elem_id="explore-second"
+        )
+        second_values = gr.Textbox(
+            label="Its values", info="With commas.", min_width=160, elem_id="explore-second-values"
+        )
+    baseline = gr.Checkbox(
+        True,
+        label="Add the plain pipeline with fewer steps to the plot",
+        info="The line that a recipe has to beat.",
+        elem_id="explore-baseline",
+    )
+    warm = _warm("explore")
+    over = gr.Radio(
+        list(COSTS),
+        value="FLOPs",
+        label="Plot over",
+        info="FLOPs repeat exactly; times on a busy machine do not.",
+        elem_id="explore-over",
+    )
+    buttons = _buttons("explore", "Explore")
+    gallery = gr.Gallery(
+        label="Pictures",
+        type="filepath",
+        interactive=False,
+        columns=3,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="explore-gallery",
+    )
+    figures = gr.HTML(elem_id="explore-figures")
+    plot = gr.Image(
+        label="Fidelity over cost",
+        show_label=False,
+        type="filepath",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+        elem_id="explore-plot",
+    )
+    _wire_run(
+        actions,
+        "explore",
+        switches,
+        buttons,
+        actions.explore,
+        [*picture.all, switches.text, first, first_values, second, second_values, baseline, warm, over],
+        [gallery, plot, figures],
+    )
+
+
+def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
+    gr.Markdown(
+        "Make the model forget concepts, in closed form and without training. The prompt on the left shows before and "
+        "after. An edit acts on your pictures only, and only after you apply it.",
+        elem_id="erase-about",
+    )
+    with gr.Row():
+        concepts = gr.Textbox(
+            label="Concepts to erase",
+            placeholder="circle, star",
+            info="With commas.",
+            min_width=200,
+            elem_id="concepts",
+        )
+        anchor = gr.Textbox(
+            label="Draw instead",
+            placeholder="square",
+            info="Empty: nothing in particular.",
+            min_width=200,
+            elem_id="anchor",
+        )
+    keep = gr.Textbox(
+        label="Keep",
+        placeholder="square, heart, ring",
+        info="What must stay as it is, with commas.",
+        elem_id="keep",
+    )
+    with gr.Row():
+        method = gr.Dropdown(list(ERASURES), value="speed", label="Method", min_width=140, elem_id="erase-method")
+        settings = gr.Textbox(
+            label="Settings of the method",
+            placeholder="ridge=0.5; strength=0.9",
+            info="NAME=VALUE with semicolons; empty keeps its own.",
+            min_width=220,
+            scale=2,
+            elem_id="erase-settings",
+        )
+    buttons = _buttons("erase", "Compute and preview")
+    slider = gr.ImageSlider(
+        label="Before | after",
+        type="filepath",
+        interactive=False,
+        max_height=560,
+        buttons=["fullscreen"],
+        elem_id="erase-slider",
+    )
+    figures = gr.HTML(elem_id="erase-figures")
+    state = gr.HTML(message("No edit yet. The model is as it came."), elem_id="erase-state")
+    with gr.Row():
+        apply = gr.Button("Apply to my pictures", min_width=150, elem_id="erase-apply")
+        undo = gr.Button("Undo", min_width=110, elem_id="erase-undo")
+        download = gr.DownloadButton("Download edit", interactive=False, min_width=140, elem_id="erase-download")
+    _wire_run(
+        actions,
+        "erase",
+        switches,
+        buttons,
+        actions.erase,
+        [*picture.all, concepts, keep, anchor, method, settings],
+        [slider, figures, download, state],
+    )
+    applied = apply.click(actions.apply, None, state, api_name="apply_edit", **QUICK)
+    undone = undo.click(actions.undo, None, state, api_name="undo_edit", **QUICK)
+    for event in (applied, undone):
+        event.failure(actions.problem, None, buttons.status, api_visibility="private", **QUICK)
+
+
+def batch_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
+    gr.Markdown(
+        "Upload a list: a text file with a prompt a line, or CSV, JSONL or Parquet with a column `prompt` and, where rows "
+        "differ, `negative_prompt`, `seed`, `steps`, `width`, `height`, `guidance_scale`, `recipe` and `name`. What a row "
+        "does not say comes from the left; picture *i* gets the seed there plus *i*.",
+        elem_id="batch-about",
+    )
+    file = gr.File(label="List", file_types=list(KINDS), type="filepath", height=130, elem_id="batch-file")
+    with gr.Row():
+        kind = gr.Dropdown(
+            ["png", "jpeg", "webp"], value="png", label="File format", min_width=140, elem_id="batch-format"
+        )
+        metadata = gr.Checkbox(
+            True,
+            label="Metadata in the pictures",
+            info="Prompt, seed, recipe and report as text.",
+            min_width=180,
+            elem_id="batch-metadata",
+        )
+    preview = gr.HTML(elem_id="batch-preview")
+    buttons = _buttons("batch", "Draw all")
+    figures = gr.HTML(elem_id="batch-figures")
+    gallery = gr.Gallery(
+        label="The last pictures",
+        type="filepath",
+        interactive=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="batch-gallery",
+    )
+    archive = gr.DownloadButton("Download all as ZIP", interactive=False, elem_id="batch-download")
+    numbers = [picture.seed, picture.steps, picture.guidance, picture.width, picture.height]
+    file.change(actions.check_batch, [file, *numbers, kind, metadata], preview, api_name="check_batch", **QUICK)
+    _wire_run(
+        actions,
+        "batch",
+        switches,
+        buttons,
+        actions.batch,
+        [picture.model, picture.negative, *numbers, switches.text, file, kind, metadata],
+        [gallery, figures, archive],
+    )
