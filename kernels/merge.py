@@ -86,8 +86,10 @@ def _merge_tokens_torch(
     total = _sums(values.reshape(-1, channels), flat, first, share)
     inverse = mass.reciprocal().repeat(batch // start.shape[0], 1)
     mean = total.view(batch, -1, channels).mul_(inverse[..., None])
-    mean = mean if scale is None else mean * scale[:, None]
-    mean = mean if shift is None else mean + shift[:, None]
+    if scale is not None:
+        mean.mul_(scale[:, None])
+    if shift is not None:
+        mean.add_(shift[:, None])
     return mean.to(x.dtype)
 
 
@@ -109,9 +111,11 @@ def _unmerge_tokens_torch(
     copied = y.reshape(-1, channels).index_select(0, _flat(slot, kept, batch)).view(batch, -1, channels)
     if gate is None and residual is None:
         return copied
-    wide = copied.float()
-    wide = wide if gate is None else wide * gate.float()[:, None]
-    wide = wide if residual is None else wide + residual
+    wide = copied.float()  # fresh either way, so that it can be changed in place
+    if gate is not None:
+        wide.mul_(gate[:, None])
+    if residual is not None:
+        wide.add_(residual)
     return wide.to(y.dtype)
 
 
