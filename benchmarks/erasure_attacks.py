@@ -39,13 +39,12 @@ from diffaccel.erasure.scores import binomial
 from diffaccel.miniatures import load_judge, load_miniature, recommended_guidance
 from diffaccel.output import write_text
 
-WHOLE = {"tokens": "all", "keep_tokens": "all", "paddings": 8}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "uce": ("uce", {}),
     "rece, 1 round": ("rece", {}),
     "rece, 3 rounds": ("rece", {"rounds": 3}),
     "context": ("context", {}),
-    "context, hardened": ("rece", {**WHOLE, "rounds": 3, "erase_weight": 15.0}),  # the weight that `context` arrives at
+    "context, 3 rounds": ("context", {"rounds": 3}),
 }
 RADII = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 GRADIENT_RADII = (0.03, 0.1)
@@ -66,7 +65,8 @@ class Attacker:
 
     def success(self, name: str, radius: float) -> dict[str, Any]:
         """Share of pictures that show the concept under an attack; radius 0 is no attack."""
-        budget, encoding, losses = replace(self.budget, radius=radius), attacks.join(self.material.encodings), ()
+        budget, encoding = replace(self.budget, radius=radius), attacks.join(self.material.encodings)
+        losses: tuple[float, ...] = ()
         if radius or name == "inversion":
             found = attacks.BY_NAME[name](self.pipe, self.material, budget, self.drawing)
             moved = _distance(encoding, found.encoding)

@@ -179,3 +179,40 @@ def test_circles_are_gone_and_the_rest_is_not(pipe, edit):
         diffaccel.remove_edit(pipe, edit)
     assert not any("circle" in shapes for shapes in after)
     assert after[4:] == [["star"]] * 2 + [["heart"]] * 2
+
+
+# --- hardening ---
+
+
+def product(edit):
+    return edit.maps[0].left.double() @ edit.maps[0].right.double()
+
+
+def test_hardening_is_that_of_rece_with_the_balanced_weight(pipe):
+    prompts = captions(30, 4)
+    found = diffaccel.erase(pipe, [CIRCLE], prompts=prompts, method="context", general=False, rounds=2)
+    made = found.diagnostics["sequence"]
+    by_hand = diffaccel.erase(
+        pipe,
+        [CIRCLE],
+        prompts=prompts,
+        method="rece",
+        general=False,
+        rounds=2,
+        tokens="all",
+        keep_tokens="all",
+        paddings=8,
+        erase_weight=made["row_weight"],
+    )
+    assert torch.allclose(product(found), product(by_hand), atol=1e-6)
+    assert made["attack_columns"] == by_hand.diagnostics["sequence"]["attack_columns"] > 0
+    assert len(made["attack_error"]) == 2
+
+
+def test_it_is_not_hardened_unless_asked(pipe):
+    prompts = captions(30, 4)
+    plain = diffaccel.erase(pipe, [CIRCLE], prompts=prompts, method="context", general=False)
+    hard = diffaccel.erase(pipe, [CIRCLE], prompts=prompts, method="context", general=False, rounds=1)
+    assert plain.parameters["rounds"] == 0
+    assert "attack_error" not in plain.diagnostics["sequence"]
+    assert not torch.allclose(product(plain), product(hard), atol=1e-2)

@@ -159,7 +159,8 @@ def shift_within(normal: Tensor, slope: Tensor, limits: Tensor) -> Tensor:
     size = (-1, *[1] * (slope.dim() - 1))
 
     def at(ridge: Tensor) -> Tensor:
-        return inside / (values.clamp(min=0) + ridge.reshape(size))
+        scaled: Tensor = inside / (values.clamp(min=0) + ridge.reshape(size))
+        return scaled
 
     low = torch.full_like(limits, floor)
     high = inside.flatten(1).norm(dim=1) / limits + floor  # short enough: ||g|| / r

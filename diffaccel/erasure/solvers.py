@@ -26,11 +26,13 @@ def _uce(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
 
 
 def _context(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
-    """UCE with the total weights of both sides in a given ratio, however many rows each has."""
-    columns, kept = problem.columns, problem.columns.keep.shape[1]
+    """UCE, or RECE, with the total weights of both sides in a given ratio, however many rows each has."""
+    columns, attacked, kept = problem.columns, problem.attacked, problem.columns.keep.shape[1]
     balance = chosen.keep_weight * kept / float(columns.weights.sum()) if kept else 1.0
-    balanced = replace(problem, columns=replace(columns, weights=columns.weights * balance))
-    edit, found = _uce(balanced, chosen)
+    if attacked is not None:
+        attacked = replace(attacked, weights=attacked.weights * balance)
+    balanced = replace(problem, columns=replace(columns, weights=columns.weights * balance), attacked=attacked)
+    edit, found = (_rece if chosen.rounds else _uce)(balanced, chosen)
     return edit, found | {"row_weight": chosen.erase_weight * balance}
 
 
