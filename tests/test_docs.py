@@ -51,6 +51,22 @@ def test_the_compatibility_tables_are_up_to_date():
     assert hooks.fill(text, support.MAKERS) == text, "compatibility.md is out of date; run `make docs`"
 
 
+def test_a_refusal_shows_in_the_tables(monkeypatch):
+    """A method that starts to refuse a model, or to do nothing in a situation, changes its cell."""
+    import support
+
+    def refuse(self, model):
+        raise diffaccel.Unsupported("skip_cache is tired of UNet2DConditionModel.")
+
+    skip = {"skip_cache": support.methods()["skip_cache"]}
+    assert support._answers("sd", skip) == support._case(*support.ON_UNETS["as it is"], skip) == {"skip_cache": "yes"}
+    lazy = {"skip_cache": diffaccel.SkipCache(min_evaluations=1, schedule=tuple(range(support.STEPS)))}
+    assert support._case(*support.ON_UNETS["as it is"], lazy)["skip_cache"].startswith(support.NOTE)
+    monkeypatch.setattr(diffaccel.SkipCache, "check", refuse)
+    assert support._answers("sd", skip) == {"skip_cache": "skip_cache is tired of this network."}
+    assert "skip_cache is tired of this network." in support._grid("", [("sd", support._answers("sd", skip))])
+
+
 def test_a_section_follows_the_code(monkeypatch):
     """The comparison above would notice: another default or bound changes the table."""
     before = tables.settings("skip_cache")
