@@ -5,6 +5,7 @@ Nothing here knows a method by name: a method that is registered appears on the 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -161,13 +162,11 @@ def attribute_help(cls: type) -> dict[str, str]:
     """Texts of the "Attributes:" sections of a class and its bases, by attribute."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        section = re.search(
-            r"^ *Attributes:\n((?:(?: {8,}.*)?\n)+)", (base.__dict__.get("__doc__") or "") + "\n", re.MULTILINE
-        )
-        for names, text in re.findall(
-            r"^ {8}(\w[\w, ]*): (.*(?:\n {9,}.*)*)", section[1] if section else "", re.MULTILINE
-        ):
-            found |= {name: " ".join(text.split()).replace("`", "") for name in names.split(", ")}
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "") + "\n"
+        section = re.search(r"^Attributes:\n((?:(?: {4,}.*)?\n)+)", text, re.MULTILINE)
+        entries = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
+        for names, meaning in entries:
+            found |= {name: " ".join(meaning.split()).replace("`", "") for name in names.split(", ")}
     return found
 
 

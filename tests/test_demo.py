@@ -1,0 +1,430 @@
+"""The page without a browser: controls from schemas, sessions, the engine, what each tab computes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from pydantic import Field as PydanticField
+
+import diffaccel
+from diffaccel import GuidanceInterval, Recipe, SkipCache, metadata
+from diffaccel.demo import actions, batching, comparing, erasing, exploring, fields, markup, recipes
+from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Engine, PageError, Watch
+from diffaccel.demo.sessions import KEPT_RUNS, Session, Sessions
+from diffaccel.errors import DiffaccelError, RecipeError
+from diffaccel.method import Method, registry
+from diffaccel.recipe import presets
+from diffaccel.run import Evaluation, Layer
+
+TWO = Ask.of(prompt="a red square", steps=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    return Engine([tiny_folder.parent], device="cpu")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Sessions(tmp_path / "sessions").of("somebody")
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> str:
+    return str(tiny_folder)
+
+
+def stock(folder: str, ask: Ask) -> Any:
+    """What diffusers alone draws."""
+    from diffaccel.loading import load_pipeline
+
+    pipe = load_pipeline(folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(ask.seed)
+    return pipe(ask.prompt, num_inference_steps=ask.steps, generator=generator).images[0]
+
+
+# --- controls ---
+
+
+@pytest.mark.parametrize("name", fields.offered())
+def test_controls_hold_every_default(name):
+    """A method chosen without touching a control is the method with its defaults."""
+    shown = {(field.method, field.name): field.show(field.default) for field in fields.offered()[name]}
+    assert fields.build_recipe([name], shown).methods == (registry()[name](),)
+
+
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("kind", ["on_unets", "on_transformers"])
+def test_presets_survive_the_controls(name, kind):
+    recipe = getattr(presets()[name], kind)()
+    assert fields.build_recipe(*fields.show_recipe(recipe)).methods == recipe.methods
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SkipCache(schedule=(0, 2, 5), window=(10.0, 0.5), depth=1, order=2),
+        GuidanceInterval(high=5.42, low=0.28),
+        diffaccel.RegionSampling(resets=(3, 7), end=9),
+        diffaccel.TokenMerging(min_tokens=64, importance=True, ratio=0.3),
+        diffaccel.BlockCache(kind="mag", ratios=(1.0, 0.9, 0.8)),
+    ],
+)
+def test_unusual_settings_survive_the_controls(method):
+    chosen, shown = fields.show_recipe(Recipe(methods=(method,)))
+    # as the browser has them: texts, and numbers that may be floats
+    shown = {key: float(value) if type(value) is int else value for key, value in shown.items()}
+    assert fields.build_recipe(chosen, shown).methods == (method,)
+
+
+def test_a_new_method_appears_without_edits(monkeypatch):
+    class Blur(Method):
+        """Blur what nobody looks at.
+
+        Attributes:
+            radius: in pixels.
+            mode: how.
+        """
+
+        name: ClassVar[str] = "blur"
+        layer: ClassVar[Layer] = Layer.TOKENS
+        radius: float = PydanticField(default=1.5, ge=0, le=8)
+        mode: Literal["box", "gauss"] = "box"
+
+        @property
+        def is_off(self) -> bool:
+            return self.radius == 0
+
+        def attach(self, model: Any, run: Any, seams: Any) -> None: ...
+
+    import diffaccel.method
+
+    monkeypatch.setitem(diffaccel.method._REGISTRY, "blur", Blur)
+    radius, mode = fields.offered()["blur"]
+    assert (radius.kind, radius.minimum, radius.maximum, radius.help) == ("slider", 0, 8, "in pixels.")
+    assert (mode.kind, mode.choices) == ("choice", ("box", "gauss"))
+    assert fields.summary_of(Blur) == "Blur what nobody looks at."
+    assert fields.build_recipe(["blur"], {("blur", "radius"): 3}).methods == (Blur(radius=3),)
+
+
+def test_methods_that_need_a_file_have_no_controls():
+    assert "erase" not in fields.offered()
+    with pytest.raises(RecipeError, match="Erase tab"):
+        fields.show_recipe(Recipe(methods=(diffaccel.Erase(file="x.safetensors"),)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown", "sentence"),
+    [
+        (["skip_cache"], {("skip_cache", "interval"): 0}, "skip_cache.interval"),
+        (["skip_cache"], {("skip_cache", "window"): "wide"}, "no list of numbers"),
+        (["skip_cache"], {("skip_cache", "schedule"): "sometimes"}, "none of uniform, early, late"),
+        (["skip_cache", "forecast"], {}, "use one of them"),
+        (["nonsense"], {}, "unknown method"),
+    ],
+)
+def test_wrong_controls_are_sentences(chosen, shown, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        fields.build_recipe(chosen, shown)
+
+
+# --- recipes from outside ---
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "no valid JSON"),
+        ("[" * 100_000, "larger than 64 KB"),
+        ("[" * 30_000, "nested too deeply|no valid JSON"),
+        ('{"schema": 1, "methods": [{"method": "erase", "file": "/etc/passwd"}]}', "no switches"),
+        ('{"schema": 1, "methods": [{"method": "skip_cache", "interval": -1}]}', "skip_cache.interval"),
+        ("3", "must be a JSON object"),
+    ],
+)
+def test_hostile_recipes_are_refused(engine, tiny, text, sentence):
+    with pytest.raises(DiffaccelError, match=sentence):
+        recipes.from_text(text, engine, tiny)
+
+
+def test_uploads_are_read_no_further_than_a_recipe_goes(engine, tiny, tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PageError, match="not text"):
+        recipes.from_file(path, engine, tiny)
+    path.write_bytes(b" " * 5_000_000)
+    with pytest.raises(PageError, match="larger than"):
+        recipes.from_file(path, engine, tiny)
+    Recipe(name="mine", methods=(SkipCache(interval=4),)).save(path)
+    assert recipes.from_file(path, engine, tiny).methods == (SkipCache(interval=4),)
+
+
+# --- engine ---
+
+
+def test_the_plain_picture_is_the_stock_picture(engine, tiny, tmp_path):
+    with engine.pipeline(tiny):
+        drawn = engine.draw(PLAIN, TWO, Watch(), tmp_path / "a.png")
+    assert drawn.image.tobytes() == stock(tiny, TWO).tobytes()
+    found = metadata.read(tmp_path / "a.png")
+    assert found.diffaccel["seed"] == 3
+    assert str(tmp_path) not in json.dumps(found.diffaccel)
+
+
+@pytest.mark.parametrize("name", ["/etc", "..", "nobody/model", "", "\0", "~root", "tiny-sd/../../.."])
+def test_only_listed_models_load(engine, name):
+    with pytest.raises(PageError, match="no model this page may load"):
+        engine.resolve(name)
+
+
+def test_links_out_of_the_allowed_folder_are_refused(tiny_folder, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_folder)
+    with pytest.raises(PageError, match="no model"):
+        Engine([tmp_path]).resolve(str(tmp_path / "link"))
+    assert Engine([tiny_folder.parent]).resolve(str(tiny_folder)) == str(tiny_folder.resolve())
+
+
+def test_the_list_names_bundled_and_allowed_models(engine, tiny):
+    assert [value for _, value in engine.models()] == ["shapes-sd", "shapes-sd3", tiny]
+    assert engine.is_transformer("shapes-sd3")
+    assert not engine.is_transformer(tiny)
+
+
+def test_cancel_in_the_middle_leaves_nothing_behind(engine, tiny, tmp_path):
+    watch = Watch()
+    seen: list[int] = []
+
+    def show(done: int, total: int, text: str) -> None:
+        seen.append(done)
+        if done == 2:
+            watch.cancel.set()
+
+    watch.show = show
+    ask = TWO.model_copy(update={"steps": 8})
+    watch.total = 8
+    with engine.pipeline(tiny) as pipe:
+        with pytest.raises(Cancelled, match="after 2 of"):
+            engine.draw(PLAIN, ask, watch, tmp_path / "never.png")
+        assert seen == [1, 2]
+        assert not (tmp_path / "never.png").exists()
+        assert "forward" not in vars(pipe.unet)
+        again = engine.draw(PLAIN, TWO, Watch(), None)
+    assert again.image.tobytes() == stock(tiny, TWO).tobytes()
+
+
+def test_one_run_at_a_time(engine, tiny):
+    order: list[str] = []
+
+    def other() -> None:
+        with engine.pipeline(tiny):
+            order.append("second")
+
+    with engine.pipeline(tiny):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"prompt": "  "}, "Write a prompt"),
+        ({"prompt": "x" * 2001}, "Prompt: "),
+        ({"prompt": "x", "steps": 0}, "Steps: "),
+        ({"prompt": "x", "steps": 10**9}, "Steps: "),
+        ({"prompt": "x", "seed": -1}, "Seed: "),
+        ({"prompt": "x", "width": 100_000, "height": 64}, "Width: "),
+        ({"prompt": "x", "guidance": float("nan")}, "Guidance: "),
+    ],
+)
+def test_what_to_draw_is_checked_again(values, sentence):
+    with pytest.raises(PageError, match=sentence):
+        Ask.of(**values)
+    with pytest.raises(PageError, match="both width and height"):
+        _ = Ask.of(prompt="x", width=64).size
+
+
+# --- sessions ---
+
+
+def test_sessions_share_nothing_and_close(tmp_path):
+    sessions = Sessions(tmp_path)
+    first, second = sessions.of("a"), sessions.of("../../b")
+    assert first.folder != second.folder
+    assert {first.folder.parent, second.folder.parent} == {tmp_path}
+    assert sessions.of("a") is first
+    with first.running("compare") as event:
+        assert first.cancel("compare")
+        assert event.is_set()
+        assert not second.cancel("compare")
+    assert not first.cancel("compare")
+    sessions.close("a")
+    assert not first.folder.exists()
+    assert second.folder.exists()
+
+
+def test_a_waiting_run_can_be_cancelled_and_the_next_one_is_not(session):
+    session.prepare("compare")
+    assert session.cancel("compare")
+    with session.running("compare") as event:
+        assert event.is_set()
+    session.prepare("compare")
+    with session.running("compare") as event:
+        assert not event.is_set()
+
+
+def test_old_runs_make_room(session):
+    made = [session.new_folder() for _ in range(KEPT_RUNS + 3)]
+    assert [folder.exists() for folder in made] == [False] * 3 + [True] * KEPT_RUNS
+
+
+# --- tabs ---
+
+
+def test_compare_measures_and_saves(engine, tiny, session):
+    steps = Ask.of(prompt="x", steps=12)
+    recipe = Recipe(name="mine", methods=(SkipCache(interval=3),))
+    found = comparing.compare(engine, session, tiny, steps, recipe, Watch())
+    assert found.plain.path.is_file()
+    assert found.fast.path.is_file()
+    assert found.fast.report.flops < found.plain.report.flops
+    assert "PSNR to plain" in found.figures()
+    assert found.steps().count("da-slot") == 24
+    same = comparing.compare(engine, session, tiny, steps, PLAIN, Watch(), warm=False)
+    assert same.likeness.psnr == float("inf")
+    assert "identical" in same.figures()
+    assert "before the clock ran" in same.figures()
+
+
+def test_the_strip_shows_what_was_left_out():
+    def entry(index: int, rows: int, flops: int, dense: float | None = None) -> Evaluation:
+        return Evaluation("denoiser", index, 1.0, rows, 2, flops, dense, ())
+
+    trace = (entry(0, 2, 200, 100.0), entry(1, 1, 100, 100.0), entry(2, 2, 60), entry(3, 0, 0))
+    steps = markup.steps_of(SimpleNamespace(trace=trace))  # type: ignore[arg-type]
+    assert [step.work for step in steps] == ["full", "guidance", "partial", "skipped"]
+    assert [round(step.share, 2) for step in steps] == [1.0, 0.5, 0.3, 0.0]
+
+
+def test_what_people_write_is_escaped():
+    evil = "<script>alert(1)</script>"
+    for text in (
+        markup.message(evil),
+        markup.notes([evil]),
+        markup.table([evil], [[evil, evil]], evil),
+        markup.tiles([(evil, evil, evil)]),
+    ):
+        assert "<script" not in text
+
+
+def test_explore_crosses_two_settings(engine, tiny, session):
+    axes = [exploring.Axis.of("skip_cache.interval", "2, 3"), exploring.Axis.of("skip_cache.order", "0, 1")]
+    ask = Ask.of(prompt="x", steps=10)
+    found = exploring.explore(engine, session, tiny, ask, Recipe(), axes, Watch(), warm=False)
+    names = ["interval=2, order=0", "interval=2, order=1", "interval=3, order=0", "interval=3, order=1"]
+    assert [cell.label for cell in found.cells] == names
+    assert [caption for _, caption in found.gallery()] == ["plain", *names]
+    recipe = metadata.read(found.cells[2].drawn.path).diffaccel["recipe"]["methods"][0]
+    assert (recipe["interval"], recipe["order"]) == (3, 0)
+    assert found.plot.is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "sentence"),
+    [
+        ("skip_cache.depths", "1", "no setting"),
+        ("skip_cache.interval", " ", "Give values"),
+        ("skip_cache.interval", "2, 2", "listed twice"),
+        ("skip_cache.interval", "two", "takes numbers"),
+        ("token_merging.importance", "maybe", "true and false"),
+        ("skip_cache.interval", ", ".join(map(str, range(1, 40))), "at most 36"),
+    ],
+)
+def test_wrong_sweeps_are_sentences(setting, values, sentence):
+    with pytest.raises(DiffaccelError, match=sentence):
+        exploring.variants(Recipe(), [exploring.Axis.of(setting, values)])
+
+
+def test_an_edit_acts_on_its_session_only(engine, session, tmp_path):
+    ask = Ask.of(prompt="a red circle", steps=2)
+    request = erasing.Request.of("circle", "star\nheart", "square", "uce", "ridge=0.5")
+    found = erasing.erase(engine, session, "shapes-sd", ask, request, Watch())
+    assert "circle" in found.figures()
+    assert found.before.image.tobytes() != found.after.image.tobytes()
+    with pytest.raises(PageError, match="nothing to undo"):
+        erasing.undo(session)
+    erasing.apply(session)
+    mine = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    assert mine.plain.image.tobytes() == found.after.image.tobytes()
+    assert metadata.read(mine.plain.path).diffaccel["recipe"]["methods"][0]["file"] == found.file.name
+    other = Sessions(tmp_path / "others").of("other")
+    theirs = comparing.compare(engine, other, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    assert theirs.plain.image.tobytes() == found.before.image.tobytes()
+    erasing.undo(session)
+    again = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    assert again.plain.image.tobytes() == found.before.image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (("", "", "", "uce", ""), "at least one concept"),
+        (("a", "", "", "magic", ""), "no method"),
+        (("a", "", "", "uce", "ridge"), "NAME=VALUE"),
+        ((",".join(f"c{i}" for i in range(80)), "", "", "uce", ""), "at most"),
+    ],
+)
+def test_wrong_erasures_are_sentences(request_, sentence):
+    with pytest.raises(PageError, match=sentence):
+        erasing.Request.of(*request_)
+
+
+def test_a_batch_is_zipped_with_its_manifest(engine, tiny, session, tmp_path):
+    source = tmp_path / "rows.csv"
+    source.write_text("prompt,steps\na,2\nb,1\n")
+    options = batching.Options(seed=5, steps=2)
+    assert "2 rows, all valid" in batching.preview(batching.check(session, str(source), options))
+    done = batching.run(engine, session, tiny, str(source), PLAIN, options, Watch())
+    assert done.report.exit_code == 0
+    assert [metadata.read(path).diffaccel["seed"] for path in done.pictures] == [5, 6]
+    with zipfile.ZipFile(done.archive) as archive:
+        assert len(archive.namelist()) == 3
+    with engine.pipeline(tiny):
+        alone = engine.draw(PLAIN, Ask.of(prompt="a", steps=2, seed=5), Watch(), tmp_path / "alone.png")
+    from PIL import Image
+
+    with Image.open(done.pictures[0]) as image:
+        assert image.tobytes() == alone.image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("rows.exe", "a", "A list is one of"),
+        ("rows.csv", "prompt,steps\na,100000\n", "steps"),
+        ("rows.csv", "prompt,width,height\na,4096,4096\n", "longer than 2048"),
+        ("rows.txt", "a\n" * 501, "takes 500"),
+        ("rows.csv", "prompt,recipe\na,/etc/hosts.json\n", "recipe"),
+    ],
+)
+def test_lists_beyond_the_limits_are_refused(session, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DiffaccelError, match=sentence):
+        batching.check(session, str(tmp_path / name), batching.Options())
+
+
+def test_errors_are_one_sentence():
+    assert actions.sentence(DiffaccelError("no such\nthing.")) == "No such thing."
+    assert "smaller size" in actions.sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert "secret" not in actions.sentence(ValueError("/home/secret"))
