@@ -49,7 +49,7 @@ class SparseAttention(Method):
 
     Attributes:
         keep: share of the picture's key blocks that each query block visits ("topk"), or share of the pooled attention
-            weight that they hold ("mass"); 1.0 turns the method off.
+            weight that they hold ("mass"). Off: 1.0.
         mode: "topk" costs the same at every step; "mass" spends more where attention is spread.
         reuse: solver steps that a list serves.
         start: first solver step (from 0) with sparse attention; the steps before fix the layout and stay dense.
