@@ -3,7 +3,7 @@
     plan = plan_batch(Path("rows.csv"), Path("out"), BatchSettings(recipe="balanced", steps=25))
     report = run_batch(plan, pipe)
 
-Names are loaded on first use: planning needs no torch.
+Names are loaded on first use: planning loads no pipelines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a batch is asked for and what it answers: settings, progress, report, errors. No torch here."""
+"""What a batch is asked for and what it answers: settings, progress, report, errors."""
 
 from __future__ import annotations
 
