@@ -102,7 +102,7 @@ def make_edit(pipe: Any, concept: str, form: str, prompts: int) -> Any:
 
 def attacks_of(options: argparse.Namespace, concept: str) -> list[tuple[str, float]]:
     """Name and radius of each attack."""
-    found = [("closed_form_near", radius) for radius in RADII]
+    found = [("closed_form_near", radius) for radius in options.radii]
     found += [("gradient", radius) for radius in options.gradient]
     return [*found, ("inversion", 0.0)] if concept in options.inversion else found
 
@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["circle", "red"])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=[*FORMS, "none"])
-    parser.add_argument("--gradient", nargs="*", type=float, default=list(GRADIENT_RADII), help="radii")
+    parser.add_argument("--radii", nargs="*", type=float, default=list(RADII), help="of the closed form")
+    parser.add_argument("--gradient", nargs="*", type=float, default=list(GRADIENT_RADII), help="radii of the descent")
     parser.add_argument("--inversion", nargs="*", default=[], help="concepts for which a new word is learned too")
     parser.add_argument("--prompts", type=int, default=12, help="attacked prompts")
     parser.add_argument("--contexts", type=int, default=400, help="whole prompts that edits are solved from")

@@ -40,8 +40,15 @@ PROMPTS = {"general": False, "tokens": "all", "keep_tokens": "all", "paddings": 
 
 # family, method, settings that stay, setting that is swept, its values
 SWEEPS: tuple[tuple[str, str, Mapping[str, Any], str, tuple[float, ...]], ...] = (
-    ("UCE, phrases", "uce", PHRASES, "erase_weight", (1.0, 0.2, 8.0)),
-    ("SPEED without filter, phrases", "speed", {**PHRASES, **NULL, "threshold": 1e-4}, "ridge", (0.05, 10.0, 50.0)),
+    ("UCE, phrases", "uce", PHRASES, "erase_weight", (1.0, 0.2, 8.0, 0.05)),
+    ("UCE as published, phrases", "uce", {}, "erase_weight", (1.0,)),
+    (
+        "SPEED without filter, phrases",
+        "speed",
+        {**PHRASES, **NULL, "threshold": 1e-4},
+        "ridge",
+        (0.05, 10.0, 50.0, 3.0),
+    ),
     ("SPEED as published, phrases", "speed", {}, "ridge", (1.0,)),
     ("UCE, prompts", "context", {"general": False}, "erase_weight", (0.03, 0.01, 0.25)),
     ("SPEED, prompts", "speed", {**PROMPTS, **NULL, "threshold": 1.0}, "ridge", (1000.0, 30.0, 4000.0)),

@@ -65,7 +65,7 @@ def test_the_frontier_resumes_and_notes_refusals(
     monkeypatch.setattr(erasure_frontier, "point", point)
     arguments = ["--out", str(tmp_path), "--families", "UCE, phrases", "SPEED as"]
     erasure_frontier.main(arguments)
-    assert [value for family, value in drawn if family == "UCE, phrases"] == [1.0, 0.2, 8.0]
+    assert [value for family, value in drawn if family == "UCE, phrases"] == [1.0, 0.2, 8.0, 0.05]
     assert "SPEED as published, phrases, 1 refused: nothing is left." in capsys.readouterr().out
     drawn.clear()
     erasure_frontier.main(arguments)

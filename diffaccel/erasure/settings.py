@@ -1,4 +1,4 @@
-"""The settings of the four methods: frozen, validated, never clamped; an unknown name is refused."""
+"""The settings of the methods: frozen, validated, never clamped; an unknown name is refused."""
 
 from __future__ import annotations
 
