@@ -166,9 +166,10 @@ def test_a_launcher_of_several_processes(tiny_folder, rows, tmp_path, processes)
     """`accelerate launch` starts as many workers as it is asked for; they share the list."""
     reference, out = tmp_path / "reference", tmp_path / "out"
     rows.write_text("\n".join(f"prompt {number}" for number in range(60)))
-    arguments = (rows, "-m", tiny_folder, *OPTIONS, "-o")
+    arguments = (rows, "-m", tiny_folder, *OPTIONS, "--steps", 10, "-o")
     assert run(*arguments, reference).exit_code == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    # "--multi_gpu" is accelerate's word for several processes of one machine; without GPUs they use the CPU
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [*launch, "-m", *command(*arguments, out)[2:]],
