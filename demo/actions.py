@@ -72,7 +72,9 @@ class Actions:
 
         def stop(request: gr.Request) -> str:
             found = self.session(request).cancel(tab)
-            return message("Cancelling: the run stops after the current step." if found else "Nothing is running.")
+            text = "Cancelling: the run stops after the current step." if found else "Nothing is running."
+            gr.Info(text, duration=3)
+            return message(text)
 
         return stop
 

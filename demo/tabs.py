@@ -75,9 +75,9 @@ def _wire_run(
     worked.success(actions.ready, None, after, **quiet)
     for event in (worked, started):
         event.failure(actions.failed, None, after, **quiet)
-    buttons.cancel.click(
-        actions.cancel(tab), None, buttons.status, queue=False, show_progress="hidden", api_name=f"cancel_{tab}"
-    )
+    # not into the status: this answer may come after the run's own last word
+    answer = gr.HTML(visible=False, elem_id=f"{tab}-answer")
+    buttons.cancel.click(actions.cancel(tab), None, answer, api_name=f"cancel_{tab}", **QUICK)
 
 
 def compare_tab(actions: Actions, picture: Picture, switches: Switches) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -244,6 +245,43 @@ def test_explore_draws_a_grid_and_a_plot(visit):
     plot = visitor.page.locator("#explore-plot img")
     plot.wait_for()
     assert plot.evaluate("image => image.naturalWidth") > 300
+
+
+def test_a_batch_is_checked_watched_and_downloaded(visit, tmp_path):
+    visitor = visit()
+    visitor.type("steps", "3")
+    visitor.tab("Batch")
+    bad, good = tmp_path / "bad.csv", tmp_path / "good.txt"
+    bad.write_text("prompt,seed\na red square,1\na blue circle,minus\n")
+    good.write_text("a red square\na blue circle\na green star\n")
+    choose = visitor.page.locator("#batch-file input[type=file]")
+    choose.set_input_files(bad)
+    visitor.wait("batch-preview", "row 2: seed")
+    visitor.run("batch", "1 problem in the list")
+    visitor.page.locator("#batch-file").get_by_label("Remove").or_(
+        visitor.page.locator("#batch-file").get_by_label("Clear")
+    ).first.click()
+    choose.set_input_files(good)
+    visitor.wait("batch-preview", "3 rows, all valid")
+    visitor.run("batch", "Done: 3 of 3 pictures")
+    assert visitor.page.locator("#batch-gallery img").count() == 3
+    with zipfile.ZipFile(visitor.download("batch-download", tmp_path)) as archive:
+        pictures = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        (tmp_path / "second.png").write_bytes(archive.read(pictures[1]))
+    assert metadata.read(tmp_path / "second.png").parameters["Seed"] == "1"
+
+
+def test_a_batch_can_be_cancelled_and_keeps_what_it_has(visit, tmp_path):
+    visitor = visit()
+    visitor.tab("Batch")
+    (tmp_path / "many.txt").write_text("".join(f"a red square {i}\n" for i in range(200)))
+    visitor.page.locator("#batch-file input[type=file]").set_input_files(tmp_path / "many.txt")
+    visitor.wait("batch-preview", "200 rows, all valid")
+    visitor.press("batch-run")
+    visitor.page.wait_for_function(r"/[1-9]\d*\/200/.test(document.querySelector('#batch-status').innerText)")
+    visitor.press("batch-cancel")
+    visitor.wait("batch-status", "pictures are complete")
+    assert 0 < int(re.search(r"(\d+) of 200", visitor.text("batch-status"))[1]) < 200
 
 
 def test_every_control_has_a_name_and_the_keyboard_reaches_the_result(visit):
