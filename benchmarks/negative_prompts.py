@@ -59,6 +59,7 @@ def look(judge: Judge, images: list[Any], shapes: Sequence[str]) -> Seen:
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("shapes-sd", "shapes-sd3"), default="shapes-sd")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--scale", type=float, default=NormalizedAttentionGuidance().scale)
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--colours", nargs="+", choices=COLOURS, help="default: the three the model draws most")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    pipe, judge = load_miniature("shapes-sd"), load_judge()
+    pipe, judge = load_miniature(options.model), load_judge()
     pipe.set_progress_bar_config(disable=True)
     shapes = [SHAPES[k % len(SHAPES)] for k in range(options.pictures)]
     prompts = [f"a {shape}" for shape in shapes]
@@ -86,7 +87,13 @@ def main() -> None:
     for name, found in {"none": plain, **seen}.items():
         shares = [found.colours[colour] for colour in colours] + [found.shape, found.valid]
         print(f"| {name} | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |")
-    facts = {"pictures": options.pictures, "steps": options.steps, "scale": options.scale, "alpha": options.alpha}
+    facts = {
+        "model": options.model,
+        "pictures": options.pictures,
+        "steps": options.steps,
+        "scale": options.scale,
+        "alpha": options.alpha,
+    }
     rows = {"none": vars(plain), **{colour: vars(found) for colour, found in seen.items()}}
     options.out.write_text(json.dumps({**facts, "stop": options.stop, "seen": rows}, indent=1) + "\n")
 

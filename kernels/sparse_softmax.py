@@ -13,6 +13,7 @@ key gives 0, as torch's own attention does. One program holds all keys of a tile
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,26 +75,34 @@ def _sparse_weights(scores: Tensor, alpha: float) -> Tensor:
 def _sparse_softmax_torch(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, weight: float, alpha: float
 ) -> Tensor:
-    """Head by head, as many queries at a time as stay in a processor's cache; all of them on other devices."""
+    """As many rows of the batch, heads and queries at a time as stay in a processor's cache; all of them on other devices."""
     batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
     out = query.new_empty(batch, heads, queries, value.shape[3])
-    rows = max(1, _SCORES // keys) if query.device.type == "cpu" else max(queries, 1)
-    for b in range(batch):
-        added = None if bias is None else bias[b].float().clamp(min=_HIDDEN)
-        for h in range(heads):
-            turned, values = key[b, h].float().T * scale, value[b, h].float()
-            for start in range(0, queries, rows):
-                scores = query[b, h, start : start + rows].float() @ turned
-                if added is not None:
-                    scores += added
-                largest = scores.amax(dim=-1, keepdim=True)
-                scores -= largest
-                weights = scores.softmax(dim=-1).lerp_(_sparse_weights(scores, alpha), weight)
-                if added is not None:
-                    weights.masked_fill_(largest <= _HIDDEN / 2, 0.0)
-                out[b, h, start : start + rows] = weights @ values
+    limit = _SCORES if query.device.type == "cpu" else query.numel() * key.shape[2]
+    for b, h, n in _parts(batch, heads, queries, max(1, limit // key.shape[2])):
+        scores = query[b, h, n].float() @ (key[b, h].float() * scale).mT
+        added = None if bias is None else bias[b, None, None, :].float().clamp(min=_HIDDEN)
+        if added is not None:
+            scores += added
+        largest = scores.amax(dim=-1, keepdim=True)
+        scores -= largest
+        weights = scores.softmax(dim=-1).lerp_(_sparse_weights(scores, alpha), weight)
+        if added is not None:
+            weights.masked_fill_(largest <= _HIDDEN / 2, 0.0)
+        out[b, h, n] = weights @ value[b, h].float()
     return out
+
+
+def _parts(batch: int, heads: int, queries: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of batch, heads and queries with at most `rows` queries together (or one)."""
+    if queries == 0:
+        return
+    some_heads = max(1, min(heads, rows // queries))
+    some_rows = max(1, rows // (queries * heads))
+    for b in range(0, batch, some_rows):
+        for h in range(0, heads, some_heads):
+            for n in range(0, queries, rows):
+                yield slice(b, b + some_rows), slice(h, h + some_heads), slice(n, n + rows)
 
 
 # --- Triton ---

@@ -8,7 +8,10 @@ import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
 from kernel_harness import DTYPES, assert_accurate, far_tensor, harden
+from tiny_transformers import run, tiny_pipeline
 
+import diffaccel
+from diffaccel import RegionSampling
 from diffaccel.errors import Unsupported
 from diffaccel.kernels import cache_write as file
 from diffaccel.kernels.cache_write import MOST_NUMBERS, _operator, cache_write, cache_write_oracle, constants
@@ -254,3 +257,16 @@ def test_compiles_for_gpus():
             )
     for found in compile_variants(variants):
         assert_fits(found, matrix=False, loops=False)
+
+
+@pytest.mark.parametrize("kind", ["flux-dev", "sd3.5-medium"])
+def test_region_sampling_on_the_kernel(kind):
+    """A whole run whose region steps write by the kernel gives the picture of the torch path; the report tells them apart."""
+    pipe = tiny_pipeline(kind)
+    fast = diffaccel.wrap(pipe, RegionSampling(start=2, min_evaluations=1, end=4))
+    wanted = run(fast, kind, steps=5)
+    assert set(fast.report.operators["cache_write"]) == {"torch"}
+    with force_triton():
+        got = run(fast, kind, steps=5)
+    assert set(fast.report.operators["cache_write"]) == {"triton"}
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

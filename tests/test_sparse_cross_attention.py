@@ -120,6 +120,7 @@ def test_off_oracle_and_restored(kind: str) -> None:
     assert not any("forward" in vars(module) for module in network(pipe).modules())
     sparse = fast.report.evaluations
     assert fast.report.methods["sparse_cross_attention"] == {"sparse evaluations": sparse}
+    assert set(fast.report.operators["sparse_softmax"]) == {"torch"}
 
 
 @pytest.mark.parametrize("kind", ["sd", "pixart-sigma"])

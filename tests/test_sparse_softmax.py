@@ -98,10 +98,12 @@ def test_torch_path(kind, alpha, keys):
 
 
 def test_the_torch_path_cuts_long_pictures_into_parts(monkeypatch):
-    q, k, v = made(1, 2, 100, 30, 16)
-    whole = sparse_softmax(q, k, v)
-    monkeypatch.setattr(file, "_SCORES", 30 * 7)
-    torch.testing.assert_close(sparse_softmax(q, k, v), whole, rtol=1e-5, atol=1e-6)
+    q, k, v = made(3, 2, 100, 30, 16)
+    bias = padded(3, 30)
+    whole = sparse_softmax(q, k, v, bias)
+    for rows in (7, 100, 150, 200, 450):  # a part of a head, one, one and a half, all heads, two rows of the batch
+        monkeypatch.setattr(file, "_SCORES", 30 * rows)
+        torch.testing.assert_close(sparse_softmax(q, k, v, bias), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "fp32"])

@@ -50,8 +50,7 @@ class NormalizedAttentionGuidance(Method):
         scale: how far attention is pushed away from the negative text. Off: 1.
         tau: how many times longer than before the attention output of a token may become.
         alpha: share of the pushed output in the result. Off: 0.
-        start_fraction, stop_fraction: shares of the run between which attention is guided; the first quarter has most of
-            the effect.
+        start_fraction, stop_fraction: shares of the run between which attention is guided; an early stop is cheaper.
     Works on UNets, PixArt, SD3 and FLUX. Classifier-free guidance must be off: it has a negative prompt of its own.
     """
 
