@@ -241,7 +241,7 @@ class Actions:
                 found = exploring.explore(self.engine, session, model, ask, chosen, axes, watch, **how)
         except Cancelled as stop:
             return *([gr.skip()] * 3), message(str(stop))
-        gallery = gr.update(value=found.gallery(), visible=True)
+        gallery = gr.update(value=found.gallery(), columns=min(max(found.columns, 2), 6), visible=True)
         plot = gr.update(value=str(found.plot), visible=True)
         done = f"Done: {len(found.cells)} pictures beside plain. {_edit_note(session)}".strip()
         return gallery, plot, found.figures(), message(done, "good")

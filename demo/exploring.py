@@ -95,20 +95,19 @@ class Explored:
     """The grid, plain and fewer steps, and the plot.
 
     Attributes:
+        columns: pictures in a row of the grid: the values of the second setting, or three.
         warm: whether each was drawn once before the clock ran.
     """
 
     plain: Drawn
     cells: tuple[Cell, ...]
+    columns: int
     warm: bool
     plot: Path
 
     def gallery(self) -> list[tuple[str, str]]:
-        """(file, caption) of every picture, plain first."""
-        return [
-            (str(self.plain.path), "plain"),
-            *((str(c.drawn.path), c.label) for c in self.cells),
-        ]
+        """(file, caption) of every picture, plain last."""
+        return [*((str(cell.drawn.path), cell.label) for cell in self.cells), (str(self.plain.path), "plain")]
 
     def figures(self) -> str:
         """The figures as a table."""
@@ -210,7 +209,8 @@ def explore(
             line.append(_cell(str(steps), engine.draw(stock, asked, watch, None, owner), plain))
     plot = folder / "speed-fidelity.png"
     save_frontier(_rows(ask, plain, cells, line), plot, over=over)
-    return Explored(plain, tuple(cells), warm, plot)
+    columns = len(axes[1].values) if len(axes) > 1 else 3
+    return Explored(plain, tuple(cells), columns, warm, plot)
 
 
 def _draw(

@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from demo_server import Visitor, find_chromium, serving  # noqa: E402
+from demo_server import Visitor, find_chromium, serving
 
 PROMPTS = """a red square
 a blue circle

@@ -334,7 +334,8 @@ def test_explore_crosses_two_settings(engine, tiny, session):
     found = exploring.explore(engine, session, tiny, ask, Recipe(), axes, Watch(), warm=False)
     names = ["interval=2, order=0", "interval=2, order=1", "interval=3, order=0", "interval=3, order=1"]
     assert [cell.label for cell in found.cells] == names
-    assert [caption for _, caption in found.gallery()] == ["plain", *names]
+    assert [caption for _, caption in found.gallery()] == [*names, "plain"]
+    assert found.columns == 2
     recipe = metadata.read(found.cells[2].drawn.path).diffaccel["recipe"]["methods"][0]
     assert (recipe["interval"], recipe["order"]) == (3, 0)
     assert found.plot.is_file()
