@@ -8,12 +8,13 @@ from pydantic import ValidationError
 from tiny import KINDS, run, tiny_pipeline
 
 import diffaccel
-from diffaccel import TokenDownsampling, TokenMerging
+from diffaccel import TokenDownsampling, TokenMerging, Unsupported
 from diffaccel.methods.token_downsampling import average_tokens, nearest_tokens
 from diffaccel.methods.token_maps import SlotMap, matched_map
 from diffaccel.methods.token_matchers import guidance_importance, important_destinations, window_destinations
-from diffaccel.methods.tokens import Verdict, grid
+from diffaccel.methods.tokens import Verdict, grid, measuring_device
 from diffaccel.model_map import describe
+from diffaccel.run import Call
 
 GRIDS = [(8, 8), (6, 10), (7, 5), (2, 2)]
 
@@ -227,6 +228,18 @@ def test_measured_plan_leaves_losing_blocks_alone():
     assert fast.report.methods == first.methods
 
 
+def test_offloaded_weights_cannot_be_timed():
+    """Model offloading keeps weights elsewhere until the network runs; FLOPs are counted where the weights are."""
+    attention = torch.nn.Linear(2, 2)
+    far = Call({"sample": torch.empty(1, 4, 8, 8, device="meta")}, frozenset())
+    near = Call({"sample": torch.empty(1, 4, 8, 8)}, frozenset())
+    with pytest.raises(Unsupported, match="give min_tokens a number"):
+        measuring_device("token_merging", attention, far, timed=True)
+    assert measuring_device("token_merging", attention, far, timed=False).type == "cpu"
+    assert measuring_device("token_merging", attention, near, timed=True).type == "cpu"
+    assert measuring_device("token_merging", attention.to("meta"), near, timed=True).type == "cpu"
+
+
 def test_verdict_compares_seconds():
     assert Verdict(64, 8, 2.0, 1.0, 0).pays
     assert not Verdict(64, 8, 1.0, 1.0, 0).pays
@@ -236,6 +249,23 @@ def test_window_of_steps():
     fast = diffaccel.wrap(tiny_pipeline("sd"), TokenMerging(min_tokens=1, start_fraction=0.2, stop_fraction=0.7))
     run(fast, "sd", steps=10)
     assert [bool(e.tags) for e in fast.report.trace] == [False] * 2 + [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"matcher": "tile"}, {"matcher": "agglomerative", "reuse": 3}, {"proportional": True}]
+)
+def test_other_settings_on_a_unet(settings):
+    """The same picture twice, another one than with the default, and honest FLOPs."""
+    pipe = tiny_pipeline("sd")
+    fast, default, plain = (
+        diffaccel.wrap(pipe, m) for m in (TokenMerging(min_tokens=1, **settings), TokenMerging(min_tokens=1), [])
+    )
+    first = run(fast, "sd", size=(24, 40))
+    assert torch.equal(run(fast, "sd", size=(24, 40)), first)
+    assert not torch.equal(run(default, "sd", size=(24, 40)), first)
+    run(plain, "sd", size=(24, 40))
+    assert fast.report.flops < fast.report.flops_plain == plain.report.flops
+    assert fast.report.methods["token_merging"]["operators"] == "torch"
 
 
 def test_pictures_depend_on_the_seed_only_through_the_draws():

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.methods.token_maps import SlotMap
-from diffaccel.methods.tokens import Kept, Plan, Verdict, median_seconds
+from diffaccel.methods.tokens import Kept, Plan, Verdict, measuring_device, median_seconds
 from diffaccel.models.merging import MergeFacts, MergeSite
 from diffaccel.run import Call, Proceed, Run
 from diffaccel.seams import Seams
@@ -142,7 +142,9 @@ class BlockSites:
     def _measure(self, kind: str, call: Call, size: tuple[int, int], text: int) -> Verdict:
         sites = [site for site in self.sites if site.kind == kind]
         site, branches = sites[0], max(len(call.branches), 1)
-        arguments = _random_arguments(site, self.facts, call, size, text)
+        timed = self.config.min_tokens == "measured"
+        device = measuring_device(self.config.name, site.attention, call, timed=timed)
+        arguments = _random_arguments(site, self.facts, call, (*size, text), device)
         hidden = arguments["hidden_states"]
         image = hidden[:, text:] if site.joint else hidden
 
@@ -161,7 +163,7 @@ class BlockSites:
             merged, preparing = count_flops(prepared)
             saved = (count_flops(dense)[1] - count_flops(short)[1]) * len(sites)
             times = (0.0, 0.0)
-            if self.config.min_tokens == "measured":  # one preparation serves all attentions of `reuse` evaluations
+            if timed:  # one preparation serves all attentions of `reuse` evaluations
                 share = median_seconds(prepared, hidden.device) / (len(self.sites) * self.config.reuse)
                 times = median_seconds(short, hidden.device) + share, median_seconds(dense, hidden.device)
             return Verdict(size[0] * size[1], hidden.shape[-1], times[1], times[0], saved, preparing)
@@ -301,13 +303,14 @@ def _text_length(call: Call) -> int:
 
 
 def _random_arguments(
-    site: MergeSite, facts: MergeFacts, call: Call, size: tuple[int, int], text: int
+    site: MergeSite, facts: MergeFacts, call: Call, size: tuple[int, int, int], device: torch.device
 ) -> dict[str, Any]:
-    """Arguments of one attention in this call's shapes, for timing."""
+    """Arguments of one attention in this call's shapes (height, width and text tokens), for timing."""
     generator, tokens, attention = torch.Generator().manual_seed(0), size[0] * size[1], site.attention
+    text = size[2]
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(call.sample)
+        return torch.randn(*shape, generator=generator).to(device, call.sample.dtype)
 
     arguments: dict[str, Any] = {
         "hidden_states": noise(call.rows, tokens + text * site.joint, int(attention.query_dim))
@@ -315,6 +318,6 @@ def _random_arguments(
     if getattr(attention, "added_kv_proj_dim", None):
         arguments["encoder_hidden_states"] = noise(call.rows, text, int(attention.added_kv_proj_dim))
     if facts.rotary is not None:
-        table = torch.ones(text + tokens, int(attention.head_dim), device=call.sample.device)
+        table = torch.ones(text + tokens, int(attention.head_dim), device=device)
         arguments[facts.rotary] = (table, torch.zeros_like(table))
     return arguments

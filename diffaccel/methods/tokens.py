@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.model_map import ModelMap
 from diffaccel.models.unet import AttentionSite
@@ -183,7 +184,8 @@ class TokenSites:
     def _measure(self, level: int, call: Call) -> Verdict:
         attentions = [a for site in self._sites(frozenset({level})) for a in site.self_attentions]
         height, width = grid(call.sample.shape[-2:], level)
-        features, hidden = _random_inputs(attentions[0], call, height, width)
+        device = measuring_device(self.name, attentions[0], call, timed=self.min_tokens == "measured")
+        features, hidden = _random_inputs(attentions[0], call, (height, width), device)
         branches = max(len(call.branches), 1)
 
         def prepared() -> Shortener:
@@ -253,10 +255,31 @@ def grid(latent: Any, level: int) -> tuple[int, int]:
     return height, width
 
 
-def _random_inputs(attention: nn.Module, call: Call, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def measuring_device(name: str, attention: nn.Module, call: Call, *, timed: bool) -> torch.device:
+    """Where an attention can be tried before the network runs: with its weights, which offloading keeps elsewhere.
+
+    Weights on the meta device are brought by hooks of the attention itself (sequential offloading).
+
+    Raises:
+        Unsupported: it shall be timed, and its weights are not where the network will run.
+    """
+    weights = next((p.device for p in attention.parameters()), call.sample.device)
+    if weights.type == "meta" or weights == call.sample.device:
+        return call.sample.device
+    if timed:
+        raise Unsupported(
+            f'{name}: min_tokens="measured" cannot time this network, because offloading keeps its weights on '
+            f"{weights.type} until it runs; give min_tokens a number, for example 1024."
+        )
+    return weights
+
+
+def _random_inputs(
+    attention: nn.Module, call: Call, size: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     channels = int(attention.query_dim)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(call.rows, channels, height, width, generator=generator).to(call.sample)
+    features = torch.randn(call.rows, channels, *size, generator=generator).to(device, call.sample.dtype)
     return features, features.flatten(2).transpose(1, 2).contiguous()
 
 
