@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from diffaccel.errors import Unsupported
-from diffaccel.kernels.attention_body import KeyLists
+from diffaccel.kernels.key_lists import KeyLists
 from diffaccel.kernels.registration import register
 from diffaccel.kernels.triton_support import power_of_two, tl, triton
 

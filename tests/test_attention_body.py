@@ -15,14 +15,12 @@ from diffaccel.flops import count_flops
 from diffaccel.kernels.attention_body import (
     DENSE_TILES,
     LIST_TILES,
-    KeyLists,
     attention_body,
     attention_body_lse,
     attention_body_oracle,
-    block_of,
     head_pieces,
-    visible_of,
 )
+from diffaccel.kernels.key_lists import KeyLists, block_of, visible_of
 from diffaccel.kernels.registration import recording
 from diffaccel.kernels.triton_support import force_triton, tiles
 

@@ -11,7 +11,6 @@ from kernel_harness import DTYPES, errors, far_tensor, harden
 
 from diffaccel import Unsupported
 from diffaccel.flops import count_flops
-from diffaccel.kernels.attention_body import visible_of
 from diffaccel.kernels.block_selection import (
     attended_pairs,
     kept_blocks,
@@ -24,6 +23,7 @@ from diffaccel.kernels.block_selection import (
     select_blocks_oracle,
     token_blocks,
 )
+from diffaccel.kernels.key_lists import visible_of
 from diffaccel.kernels.triton_support import force_triton
 
 BLOCK, PATCH = (32, 16), (4, 8)

@@ -242,6 +242,24 @@ def test_few_tokens_stay_dense(pixart):
     assert fast.report.notes == ("sparse_attention: attentions over 144 tokens stay dense (fewer than 145 tokens).",)
 
 
+@pytest.mark.parametrize(
+    ("size", "config", "reason"),
+    [
+        ((8, 8), ACTS, "attentions over 16 tokens stay dense (of 1 block of 64 keys keep=0.3 leaves out none)"),
+        ((8, 8), ACTS.model_copy(update={"mode": "mass"}), "of 1 block of 64 keys keep=0.3 leaves out none"),
+        ((24, 24), ACTS.model_copy(update={"keep": 0.9}), "of 3 blocks of 64 keys keep=0.9 leaves out none"),
+    ],
+)
+def test_where_there_is_nothing_to_leave_out_it_stays_dense(pixart, size, config, reason):
+    pipe, _ = pixart
+    fast = diffaccel.wrap(pipe, config)
+    got = run(fast, "pixart-sigma", size=size, steps=5)
+    assert torch.equal(got, run(pipe, "pixart-sigma", size=size, steps=5))
+    (note,) = fast.report.notes
+    assert reason in note
+    assert fast.report.flops == fast.report.flops_plain
+
+
 def test_rows_that_guidance_drops_get_lists_of_their_own(pixart):
     pipe, _ = pixart
     fast = diffaccel.wrap(pipe, [GuidanceInterval(stop_fraction=0.5), ACTS.model_copy(update={"reuse": 9, "start": 1})])

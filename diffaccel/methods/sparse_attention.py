@@ -17,21 +17,21 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch.overrides import TorchFunctionMode
 
 from diffaccel.errors import Unsupported
-from diffaccel.kernels.attention_body import KeyLists, attention_body, attention_flops
+from diffaccel.kernels.attention_body import attention_body
 from diffaccel.kernels.block_selection import (
     KEY_BLOCK,
     TokenBlocks,
     attended_pairs,
-    pooled_flops,
+    kept_blocks,
     select_blocks,
-    token_blocks,
 )
+from diffaccel.kernels.key_lists import KeyLists
 from diffaccel.kernels.registration import recording
 from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import note_whole_controlnets
+from diffaccel.methods.sparse_lists import Caught, Lane, Made, Shape, Verdict, shape_of
 from diffaccel.methods.tokens import MinTokens, median_seconds
 from diffaccel.model_map import ModelMap
 from diffaccel.models.attention_sites import ImageAttention, image_attentions
@@ -87,76 +87,13 @@ class SparseAttention(Method):
         seams.on_close(sparse.settle)
         note_whole_controlnets(model, run, self.name)
 
+    def chooses(self, blocks: int) -> bool:
+        """Whether anything can be left out of so many key blocks."""
+        return blocks > 1 if self.mode == "mass" else kept_blocks(self.keep, blocks) < blocks
+
     def lists(self, query: torch.Tensor, key: torch.Tensor, blocks: TokenBlocks, scale: float | None) -> KeyLists:
         """Key blocks of each query block under these settings."""
         return select_blocks(query, key, blocks, self.keep, self.mode, similarity=self.similarity, scale=scale)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """One kind of attention: heads, their size, tokens of the picture and of the text before and after it."""
-
-    heads: int
-    size: int
-    grid: tuple[int, int]
-    picture: int
-    before: int
-    after: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence."""
-        return self.picture + self.before + self.after
-
-    def blocks(self) -> TokenBlocks:
-        """Where its tokens stand."""
-        return _blocks(self.grid, self.picture, self.before, self.after, self.device)
-
-    def dense_flops(self, rows: int) -> int:
-        """FLOPs of this attention over all pairs."""
-        return attention_flops(rows, self.heads, self.tokens, self.tokens, self.size)
-
-    def listed_flops(self, rows: int) -> int:
-        """FLOPs that the operator's formula counts for lists with room for all blocks."""
-        keys = self.blocks().keys.shape[0] * KEY_BLOCK
-        return attention_flops(rows, self.heads, self.tokens, keys, self.size)
-
-
-@functools.lru_cache(maxsize=32)
-def _blocks(grid: tuple[int, int], picture: int, before: int, after: int, device: torch.device) -> TokenBlocks:
-    return token_blocks(grid, picture, before, after).to(device)
-
-
-@dataclass
-class _Verdict:
-    """Seconds of one attention, dense and sparse with its share of making the lists; None where sizes decide."""
-
-    wanted: bool
-    dense: float | None = None
-    sparse: float | None = None
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Lists, the solver step they were made in, and the query-key pairs they visit (a scalar on the device)."""
-
-    step: int
-    lists: KeyLists
-    pairs: torch.Tensor
-
-
-@dataclass
-class _Lane:
-    """Lists of one stream of calls, per site."""
-
-    lists: dict[int, _Made] = field(default_factory=dict)
-
-    def due(self, site: int, rows: int, step: int, reuse: int) -> bool:
-        """Whether a site needs new lists: it has none, they are old, or rows were dropped."""
-        made = self.lists.get(site)
-        return made is None or step - made.step >= reuse or made.lists.counts.shape[0] != rows
 
 
 @dataclass
@@ -172,13 +109,13 @@ class _Pass:
         picture, grid: tokens of the picture, and their rows and columns.
     """
 
-    lane: _Lane
+    lane: Lane
     network: Any
     arguments: Any
     sparse: frozenset[int] = frozenset()
     due: frozenset[int] = frozenset()
-    ran: dict[_Shape, tuple[int, Any]] = field(default_factory=dict)
-    seen: dict[_Shape, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    ran: dict[Shape, tuple[int, Any]] = field(default_factory=dict)
+    seen: dict[Shape, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     made: int = 0
     picture: int = 0
     grid: tuple[int, int] | None = None
@@ -189,10 +126,10 @@ class _Sparse:
 
     def __init__(self, config: SparseAttention, model: ModelMap, run: Run, seams: Seams) -> None:
         self.config, self.run = config, run
-        self.lanes: dict[Hashable, _Lane] = {}
-        self.shapes: dict[tuple[int, Hashable], dict[int, _Shape]] = {}
-        self.verdicts: dict[_Shape, _Verdict] = {}
-        self.done: list[tuple[Evaluation, int, dict[_Shape, tuple[int, Any]]]] = []
+        self.lanes: dict[Hashable, Lane] = {}
+        self.shapes: dict[tuple[int, Hashable], dict[int, Shape]] = {}
+        self.verdicts: dict[Shape, Verdict] = {}
+        self.done: list[tuple[Evaluation, int, dict[Shape, tuple[int, Any]]]] = []
         self.now: _Pass | None = None
         self.networks: dict[int, Any] = {}
         for network, layout in model.denoisers:
@@ -211,7 +148,7 @@ class _Sparse:
     def around(self, call: Call, proceed: Proceed) -> Any:
         """Run the transformer with sparse attentions where they are wanted, and learn about those not seen before."""
         network, facts = self.networks[call.lane[0]]
-        lane = self.lanes.setdefault(call.lane, _Lane())
+        lane = self.lanes.setdefault(call.lane, Lane())
         key = (call.lane[0], _input_size(call))
         shapes = self.shapes.setdefault(key, {})
         now = _Pass(lane, (network, facts, shapes), call.arguments)
@@ -219,7 +156,7 @@ class _Sparse:
         if step >= self.config.start:
             now.sparse = frozenset(site for site, shape in shapes.items() if self._verdict(shape).wanted)
             now.due = frozenset(s for s in now.sparse if lane.due(s, call.rows, step, self.config.reuse))
-            saved = sum(self._saved(shapes[s], call.rows, make=s in now.due) for s in now.sparse)
+            saved = sum(shapes[s].saved_flops(call.rows, make=s in now.due) for s in now.sparse)
             call = call.tagged((self.config.name, self.config, now.sparse, now.due), saved_flops=saved)
         with self._passing(now):
             output = proceed(call)
@@ -228,10 +165,6 @@ class _Sparse:
             self.done.append((self.run.evaluations[-1], call.rows, now.ran))
         self._count(now)
         return output
-
-    def _saved(self, shape: _Shape, rows: int, *, make: bool) -> int:
-        made = pooled_flops((rows, shape.heads, shape.tokens, shape.size), shape.blocks()) if make else 0
-        return shape.dense_flops(rows) - shape.listed_flops(rows) - made
 
     @contextmanager
     def _passing(self, now: _Pass) -> Iterator[None]:
@@ -276,7 +209,7 @@ class _Sparse:
     def _attention(self, number: int, site: ImageAttention, original: Forward, *args: Any, **kwargs: Any) -> Any:
         if self.now is None:
             return original(*args, **kwargs)
-        caught = _Caught(functools.partial(self._attend, self.now, number, site))
+        caught = Caught(functools.partial(self._attend, self.now, number, site))
         with caught:
             output = original(*args, **kwargs)
         if not caught.times:
@@ -304,7 +237,7 @@ class _Sparse:
             raise Unsupported(f"{self.config.name} does not support masks over image tokens or grouped heads.")
         if number not in now.sparse:
             now.grid = now.grid or facts.grid(network, now.arguments)
-            shape = _shape(query, site, now.picture, now.grid)
+            shape = shape_of(query, site, now.picture, now.grid)
             shapes[number] = shape
             if shape not in self.verdicts and shape not in now.seen:
                 now.seen[shape] = (query, key, value)
@@ -317,7 +250,7 @@ class _Sparse:
         if number in now.due:
             lists = self.config.lists(query, key, shape.blocks(), scale)
             now.made += 1
-            now.lane.lists[number] = _Made(self.run.clock.step, lists, attended_pairs(lists))
+            now.lane.lists[number] = Made(self.run.clock.step, lists, attended_pairs(lists))
         made = now.lane.lists[number]
         times, pairs = now.ran.get(shape, (0, 0))
         now.ran[shape] = (times + 1, pairs + made.pairs)
@@ -325,8 +258,8 @@ class _Sparse:
 
     # --- does it pay? ---
 
-    def _verdict(self, shape: _Shape) -> _Verdict:
-        return self.verdicts.get(shape, _Verdict(wanted=False))
+    def _verdict(self, shape: Shape) -> Verdict:
+        return self.verdicts.get(shape, Verdict(wanted=False))
 
     def _judge(self, now: _Pass) -> None:
         """Decide about shapes met for the first time, outside the counted call."""
@@ -337,9 +270,11 @@ class _Sparse:
             self.verdicts[shape] = self.run.measured[key]
             self._describe(shape, self.verdicts[shape])
 
-    def _measure(self, shape: _Shape, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Verdict:
+    def _measure(self, shape: Shape, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Verdict:
+        if not self.config.chooses(shape.blocks().picture_keys):
+            return Verdict(wanted=False, choice=False)
         if self.config.min_tokens != "measured":
-            return _Verdict(shape.tokens >= self.config.min_tokens)
+            return Verdict(shape.tokens >= self.config.min_tokens)
 
         def make() -> KeyLists:
             return self.config.lists(query, key, shape.blocks(), None)
@@ -351,42 +286,18 @@ class _Sparse:
                 lambda: attention_body(query, key, value, lists=lists, skip=self.config.skip), query.device
             )
             sparse += median_seconds(make, query.device) / self.config.reuse
-        return _Verdict(sparse < dense, dense, sparse)
+        return Verdict(sparse < dense, dense=dense, sparse=sparse)
 
-    def _describe(self, shape: _Shape, verdict: _Verdict) -> None:
+    def _describe(self, shape: Shape, verdict: Verdict) -> None:
         if verdict.wanted:
             return
         why = f"fewer than {self.config.min_tokens} tokens"
-        if verdict.dense is not None and verdict.sparse is not None:
+        if not verdict.choice:
+            blocks = shape.blocks().picture_keys
+            why = f"of {blocks} block{'s' * (blocks > 1)} of {KEY_BLOCK} keys keep={self.config.keep:g} leaves out none"
+        elif verdict.dense is not None and verdict.sparse is not None:
             why = f"{1e3 * verdict.sparse:.2f} ms sparse, {1e3 * verdict.dense:.2f} ms dense"
         self.run.note(f"{self.config.name}: attentions over {shape.tokens} tokens stay dense ({why}).")
-
-
-class _Caught(TorchFunctionMode):
-    """Hands the attention calls inside to `attend(stock, (query, key, value), options)`; only this thread, only inside."""
-
-    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.attend, self.times = attend, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.times += 1
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        options = dict(zip(names, args, strict=False)) | kwargs
-        parts = tuple(options.pop(name) for name in names[:3])
-        return self.attend(functools.partial(func, *args, **kwargs), parts, options)
-
-
-def _shape(query: torch.Tensor, site: ImageAttention, picture: int, grid: tuple[int, int]) -> _Shape:
-    heads, tokens, size = query.shape[1:]
-    text = tokens - picture
-    if text < 0 or (text > 0 and site.text == "none"):
-        raise Unsupported(f"sparse_attention: an attention has {tokens} tokens where {picture} make the picture.")
-    before, after = (text, 0) if site.text == "before" else (0, text)
-    return _Shape(heads, size, grid, picture, before, after, query.dtype, query.device)
 
 
 def _input_size(call: Call) -> Hashable:
