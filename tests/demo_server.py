@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STARTING = 120  # seconds; importing torch, diffusers and gradio on a busy machine
-WORKING = 60_000  # milliseconds
+STARTING = 240  # seconds; importing torch, diffusers and gradio on a busy machine
+WORKING = 120_000  # milliseconds
 VARIABLE = "DIFFACCEL_CHROMIUM"
 
 
@@ -74,7 +74,7 @@ class Visitor:
     def __init__(self, browser: Any, url: str, **context: Any) -> None:
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, **context)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.errors: list[str] = []
         self.hosts: set[str] = set()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -150,6 +150,23 @@ def test_visitors_get_no_files_of_the_machine(address, client, folder, tiny_fold
         assert status(address, f"/gradio_api/file={name}", cookie) in (403, 404), name
 
 
+def test_actions_read_no_files_of_the_machine(address, client, tmp_path):
+    """A client may write any path where a file belongs; only what it uploaded itself is read."""
+    (tmp_path / "mine.txt").write_text("a secret of this machine")
+    cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    file = {"path": str(tmp_path / "mine.txt"), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [file, 0, 2, None, None, None, "png", True]}).encode()
+    headers = {"Cookie": cookie, "Content-Type": "application/json"}
+    call = urllib.request.Request(f"{address}gradio_api/call/check_batch", data=body, headers=headers)
+    with urllib.request.urlopen(call, timeout=20) as answer:
+        event = json.loads(answer.read())["event_id"]
+    result = urllib.request.Request(f"{address}gradio_api/call/check_batch/{event}", headers=headers)
+    with urllib.request.urlopen(result, timeout=20) as answer:
+        said = answer.read().decode()
+    assert "event: error" in said
+    assert "secret" not in said
+
+
 def test_uploads_have_a_limit(client, tmp_path):
     from gradio_client import handle_file
 
