@@ -166,6 +166,15 @@ def test_the_report_shows_the_cost(kind: str) -> None:
     assert report.methods["sparse_cross_attention"] == {"sparse evaluations": 2, "dense evaluations": 2}
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sana", "hunyuan"])
+def test_the_plain_cost_is_that_of_the_stock_pipeline(kind: str) -> None:
+    pipe = made(kind)
+    plain, fast = diffaccel.wrap(pipe, []), diffaccel.wrap(pipe, SparseCrossAttention())
+    picture(plain, kind)
+    picture(fast, kind)
+    assert fast.report.flops_plain == plain.report.flops < fast.report.flops
+
+
 def test_hidden_text_tokens_stay_hidden() -> None:
     """PixArt's padding: other embeddings there change nothing."""
     pipe = made("pixart-sigma")

@@ -19,7 +19,7 @@ from diffaccel.errors import Unsupported
 from diffaccel.kernels.sparse_softmax import extra_flops, sparse_softmax
 from diffaccel.method import Method, register
 from diffaccel.model_map import ModelMap
-from diffaccel.models.cross_attention import CrossSite, cross_sites
+from diffaccel.models.cross_attention import CrossSite, cross_sites, text_tokens
 from diffaccel.run import Call, Layer, Proceed, Run
 from diffaccel.seams import Seams
 
@@ -95,10 +95,8 @@ class _State:
 
     def _extra(self, call: Call) -> int:
         """FLOPs on top of dense cross-attention."""
-        text = call.arguments["encoder_hidden_states"].shape[1]
-        sites = self.sites[call.lane[0]]
-        scores = sum(site.attention.heads * site.queries(call) * text for site in sites)
-        return extra_flops(call.rows * scores)
+        queries = sum(site.attention.heads * site.queries(call) for site in self.sites[call.lane[0]])
+        return extra_flops(call.rows * queries * text_tokens(call))
 
 
 class _Patch:

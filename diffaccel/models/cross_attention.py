@@ -138,6 +138,12 @@ def negative_text(method: str, network: nn.Module, layout: UNetLayout | Transfor
     return entry.negative
 
 
+def text_tokens(call: Call) -> int:
+    """Text tokens that cross-attentions see in a call; HunyuanDiT puts those of its two encoders one after the other."""
+    texts = [call.arguments.get(name) for name in ("encoder_hidden_states", "encoder_hidden_states_t5")]
+    return sum(text.shape[1] for text in texts if text is not None)
+
+
 def caption_flops(network: nn.Module) -> int:
     """FLOPs of the layers that a text token passes on its way to the cross-attentions."""
     entries = [getattr(network, name, None) for name in ("caption_projection", "encoder_hid_proj")]
