@@ -151,5 +151,5 @@ def state(session: Session) -> str:
         return "No edit yet. The model is as it came."
     names = ", ".join(concept.target for concept in session.edit[0].concepts)
     if session.applied:
-        return f"Applied: pictures on all tabs of this page are drawn without {names}. Other visitors see none of it."
-    return f"Computed, not applied: an edit without {names}."
+        return f"Applied: all tabs of this page draw with the edit against {names}. Other visitors see none of it."
+    return f"Computed, not applied: an edit against {names}."

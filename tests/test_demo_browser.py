@@ -222,12 +222,12 @@ def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):
     assert plain(visitor) == untouched  # computed, not applied
     visitor.tab("Erase")
     visitor.press("erase-apply")
-    visitor.wait("erase-state", "drawn without circle")
+    visitor.wait("erase-state", "Applied: all tabs")
     assert plain(visitor) != untouched
     assert plain(other) == untouched
     visitor.tab("Erase")
     visitor.press("erase-undo")
-    visitor.wait("erase-state", "not applied")
+    visitor.wait("erase-state", "Computed, not applied")
     assert plain(visitor) == untouched
 
 
