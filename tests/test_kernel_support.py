@@ -5,6 +5,10 @@ This is also the shortest template of an operator's tests.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
@@ -15,6 +19,8 @@ from diffaccel import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.kernels.registration import recording
 from diffaccel.kernels.triton_support import Tile, force_triton, power_of_two, tiles, tl, triton
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
@@ -134,3 +140,29 @@ def test_the_harness_finds_writes_and_races():
         harden(_race, x, length=6)
     with pytest.raises(AssertionError, match="order of the programs"):
         harden(_race, x, mutated=[0], length=6)
+
+
+def test_operators_load_and_run_without_triton():
+    """Where the package is missing every operator takes its torch path, and a kernel says why it cannot run."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from diffaccel.kernels import block_selection, triton_support
+from diffaccel.kernels.attention_body import attention_body, attention_body_kernel
+from diffaccel.kernels.registration import recording
+with recording({}) as counts:
+    attention_body(*torch.randn(3, 1, 1, 4, 8))
+    block_selection.pool_blocks(torch.randn(1, 1, 4, 8), torch.arange(4, dtype=torch.int32)[None])
+assert not triton_support.HAS_TRITON
+try:
+    attention_body_kernel[1,](None)
+except RuntimeError as error:
+    print(counts, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "{'attention_body': {'torch': 1}, 'pool_blocks': {'torch': 1}} the kernel attention_body_kernel needs the package "
+        "triton, which is not installed."
+    )
