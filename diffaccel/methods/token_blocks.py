@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
+from diffaccel.kernels.attention_body import attention_body
 from diffaccel.methods.token_maps import SlotMap
 from diffaccel.methods.tokens import Kept, Plan, Verdict, measuring_device, median_seconds
 from diffaccel.models.merging import MergeFacts, MergeSite
@@ -225,6 +225,8 @@ class BlockSites:
     def _bias(self, log_size: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """For all rows, in the shape that the attention takes; fp32 on CPUs, elsewhere kernels want the dtype of queries."""
         rows = log_size.repeat(hidden.shape[0] // log_size.shape[0], 1)
+        if self.facts.bias == "none":
+            return rows
         rows = rows if hidden.device.type == "cpu" else rows.to(hidden.dtype)
         return rows[:, None] if self.facts.bias == "rows" else rows[:, None, None]
 
@@ -257,7 +259,11 @@ def biased_joint_attention(
     attention_mask: torch.Tensor,
     encoder_hidden_states: torch.Tensor | None = None,
 ) -> Any:
-    """SD3's attention over image and text tokens with a number added to each key's scores, which stock does not take."""
+    """SD3's attention over image and text tokens with a number added to each key's scores, which stock does not take.
+
+    Args:
+        attention_mask: (rows, keys) fp32, image tokens first.
+    """
     if type(attention.processor).__name__ != "JointAttnProcessor2_0":
         raise Unsupported("token_merging: proportional attention needs the stock attention processors on this model.")
 
@@ -277,8 +283,7 @@ def biased_joint_attention(
             heads(attention.add_v_proj(encoder_hidden_states), None),
         ]
         image = [torch.cat(pair, dim=2) for pair in zip(image, text, strict=True)]
-    query, key, value = image
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+    mixed = attention_body(*image, bias=attention_mask).transpose(1, 2).flatten(2)
     output = attention.to_out[1](attention.to_out[0](mixed[:, : hidden_states.shape[1]]))
     if encoder_hidden_states is None:
         return output
