@@ -25,6 +25,7 @@ from diffaccel.kernels.triton_support import INTERPRETED, Tile, TileTable, capab
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD = 256
+UNIT = 8  # elements; strides of the kernel's inputs are multiples of it
 
 # (compute capability, head size) -> queries, keys, warps, stages. Chosen by what compiles without a spilled register.
 DENSE_TILES: TileTable = {
@@ -65,7 +66,7 @@ def attention_body(
     """softmax(scale q k^T + bias) v over the listed key blocks.
 
     Args:
-        query: (batch, heads, N, d); any strides but the last, which is 1. Pass `x.transpose(1, 2)` of (batch, N, heads, d).
+        query: (batch, heads, N, d); any strides that are multiples of 8, the last one 1; others cost a copy. Pass `x.transpose(1, 2)` of (batch, N, heads, d).
         key, value: (batch, heads, M, d).
         bias: (batch, M) fp32, added to the scaled scores of each key; -inf hides a key. log(n) counts a key n times.
         scale: None is 1 / sqrt(d).
@@ -384,14 +385,13 @@ def _triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, rows, size = query.shape
     out, lse = _empty(query, with_lse)
-    query, key, value = (_inner_dense(x) for x in (query, key, value))
+    query, key, value = (_aligned(x) for x in (query, key, value))
     tile = tiles(DENSE_TILES if blocks is None else LIST_TILES, size, capability(query))
     block_rows, block_columns, row_blocks = tile.rows, tile.columns, -(-rows // tile.rows)
     tables = [None if x is None else x.contiguous() for x in (query_table, key_table, blocks, counts)]
     if tables[0] is not None and tables[1] is not None:
         (row_blocks, block_rows), block_columns = tables[0].shape, tables[1].shape[1]
     first, second = head_pieces(size)
-    unit = 8 if all(stride % 8 == 0 for x in (query, key, value, out) for stride in x.stride()[:3]) else 1
     attention_body_kernel[row_blocks, batch * heads](
         query,
         key,
@@ -406,9 +406,9 @@ def _triton(
         rows,
         key.shape[2],
         0 if blocks is None else blocks.shape[3],
-        *(stride // unit for x in (query, key, value, out) for stride in x.stride()[:3]),
+        *(stride // UNIT for x in (query, key, value, out) for stride in x.stride()[:3]),
         key.shape[2],
-        UNIT=unit,
+        UNIT=UNIT,
         FAR=any(x.shape[2] * x.stride(2) >= 2**31 for x in (query, key, value, out)),
         SIZE=size,
         D0=first,
@@ -425,8 +425,10 @@ def _triton(
     return out, lse
 
 
-def _inner_dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Rows that start at multiples of 16 bytes; else the kernel could not copy them asynchronously."""
+    fits = x.stride(-1) == 1 and all(stride % UNIT == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if fits else x.contiguous()
 
 
 def _supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> bool:

@@ -36,8 +36,9 @@ def guarded(tensor: torch.Tensor, pad: int = 3) -> torch.Tensor:
     fill: Any = math.nan if tensor.is_floating_point() else (SENTINEL if tensor.dtype != torch.bool else True)
     if tensor.dtype in (torch.int8, torch.uint8):
         fill = torch.iinfo(tensor.dtype).max
-    buffer = torch.full([size + 2 * pad for size in tensor.shape], fill, dtype=tensor.dtype)
-    view = buffer[tuple(slice(pad, pad + size) for size in tensor.shape)]
+    pads = [*[pad] * (tensor.dim() - 1), 8]  # a row of 8 n elements stays aligned, as kernels want it
+    buffer = torch.full([size + 2 * p for size, p in zip(tensor.shape, pads, strict=True)], fill, dtype=tensor.dtype)
+    view = buffer[tuple(slice(p, p + size) for size, p in zip(tensor.shape, pads, strict=True))]
     view.copy_(tensor)
     return view
 

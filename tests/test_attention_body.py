@@ -12,6 +12,7 @@ from kernel_harness import DTYPES, assert_accurate, assert_no_worse, errors, far
 
 from diffaccel import Unsupported
 from diffaccel.flops import count_flops
+from diffaccel.kernels import attention_body as attention_module
 from diffaccel.kernels.attention_body import (
     DENSE_TILES,
     LIST_TILES,
@@ -79,6 +80,22 @@ def test_any_layout_and_no_copy_of_the_heads(path):
     assert got.transpose(1, 2).is_contiguous()
     got = PATHS[path](lambda q, k, v: attention_body(q, k, v, scale=0.3), q, shared, shared, **options)
     assert_accurate(got, attention_body_oracle(q, shared, shared, scale=0.3)[0], "fp32")
+
+
+def test_rows_that_are_not_aligned_are_copied_and_others_are_not(monkeypatch):
+    launched = []
+    kernel = attention_module.attention_body_kernel
+
+    class Seen:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (launched.append(args[0].data_ptr()), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(attention_module, "attention_body_kernel", Seen())
+    wide = torch.randn(1, 1, 6, 33)
+    for q, copied in ((wide[..., :16], True), (wide[..., 1:17], True), (torch.randn(1, 1, 6, 48)[..., 16:32], False)):
+        with force_triton():
+            assert_accurate(attention_body(q, q, q), attention_body_oracle(q, q, q)[0], "fp32")
+        assert (launched[-1] != q.data_ptr()) == copied
 
 
 @pytest.mark.parametrize("path", PATHS)
