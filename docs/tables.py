@@ -216,7 +216,8 @@ def _alone(recipe: dict[str, Any], name: str, *, transformer: bool) -> str | Non
 
 
 def _speed(name: str) -> str:
-    rows = [row for path in sorted(RESULTS.glob("*.json")) for row in _speed_rows(name, path)]
+    files = sorted([*RESULTS.glob("dit-*.json"), *RESULTS.glob("unet-*.json")])
+    rows = [row for path in files for row in _speed_rows(name, path)]
     if not rows:
         return ""
     head = ("Network", "Variant", "Times faster per step (range)", "FLOPs, times fewer", "Measured on")
