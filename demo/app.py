@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +59,7 @@ def make_page(engine: Engine, folder: Path) -> gr.Blocks:
 def launch(
     page: gr.Blocks, host: str, port: int | None, auth: tuple[str, str] | None, *, open_browser: bool = False
 ) -> None:
-    """Start the server and wait for the end. Raises `DiffaccelError` if the port is taken."""
+    """Start the server, say where it is, and wait for Ctrl+C or SIGTERM. Raises `DiffaccelError` if the port is taken."""
     try:
         page.launch(
             server_name=host,
@@ -73,7 +75,11 @@ def launch(
             css=CSS,
             head=HEAD,
             footer_links=["api", "settings"],
-            quiet=False,
+            quiet=True,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise DiffaccelError(f"the page cannot be served on {host}, port {port or 'any'}: {error}") from error
+    print(f"The page is at {page.local_url} (Ctrl+C ends it).", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of the visitors goes then, too
+    page.block_thread()

@@ -30,21 +30,23 @@ def find_chromium() -> str | None:
 def serving(folder: Path, *options: str, **environment: str) -> Iterator[str]:
     """The page on a free port of this machine; the address. Its log goes to `folder`/server.log."""
     port = _free_port()
-    log = folder / "server.log"
+    log, temporary = folder / "server.log", folder / "temporary"
+    temporary.mkdir()
     code = "from diffaccel.cli import main; main()"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "demo", "--port", str(port), *options],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), **environment},
         )
     try:
         _wait(process, f"http://127.0.0.1:{port}/", log)
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=60)
+    assert not list(temporary.glob("diffaccel-page-*")), "the visitors' files are still there"
 
 
 def _free_port() -> int:
