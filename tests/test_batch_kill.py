@@ -167,6 +167,16 @@ def test_workers_share_a_list(forge, reference, tmp_path, workers):
     assert len({record["worker"] for record in journal(tmp_path)}) == workers
 
 
+def test_workers_fill_shards_together(forge, reference, tmp_path):
+    settings = {**SETTINGS, "shards": 3}
+    pids = [forge.start(ROWS, tmp_path, settings, pause=0.1) for _ in range(3)]
+    assert [forge.wait(pid) for pid in pids] == [0, 0, 0]
+    found = [name for path in sorted(tmp_path.glob("*.tar")) for name in sorted(names_in(path))]
+    assert found == [name.removesuffix(".png") for name in reference]
+    assert sorted(record["row"] for record in journal(tmp_path)) == [*range(1, len(ROWS) + 1)]
+    assert not any((tmp_path / ".diffaccel" / "staging").iterdir())
+
+
 def test_a_dead_workers_rows_are_picked_up(forge, reference, tmp_path):
     """The first worker claims a batch and dies over it; the second is at work meanwhile and does not wait for the lease."""
     settings = {**SETTINGS, "lease": 600.0}
@@ -189,7 +199,6 @@ def test_a_silent_worker_of_another_machine_is_replaced_after_the_lease(forge, r
     card = next((home / "workers").glob("[!.]*"))
     card.write_text(json.dumps({**json.loads(card.read_text()), "machine": "another"}))
     assert forge.run(ROWS, tmp_path, settings) == 0
-    card.unlink()
     assert_complete(tmp_path, reference)
 
 

@@ -76,6 +76,8 @@ class Finisher:
             )
             if not mine_or_free or not self.claims.try_claim(unit, last + 1):
                 return False
+            self.tally.refresh()  # a packer that knew fewer rows than the one before would drop them
+            done = [index for index in self._rows(number) if index in self.tally.done]
             self._write_shard(done)
             for path in waiting:
                 path.unlink(missing_ok=True)
