@@ -25,7 +25,7 @@ from diffaccel.miniatures.judge import Judge
 from diffaccel.miniatures.scenes import COLOURS, SHAPES
 
 BATCH = 32
-RESULT = Path(__file__).parent / "results" / "negative-prompts.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=NormalizedAttentionGuidance().alpha)
     parser.add_argument("--stop", type=float, default=1.0, help="stop_fraction")
     parser.add_argument("--colours", nargs="+", choices=COLOURS, help="default: the three the model draws most")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="default: one file per model in benchmarks/results")
     options = parser.parse_args()
     pipe, judge = load_miniature(options.model), load_judge()
     pipe.set_progress_bar_config(disable=True)
@@ -95,7 +95,8 @@ def main() -> None:
         "alpha": options.alpha,
     }
     rows = {"none": vars(plain), **{colour: vars(found) for colour, found in seen.items()}}
-    options.out.write_text(json.dumps({**facts, "stop": options.stop, "seen": rows}, indent=1) + "\n")
+    out = options.out or RESULTS / f"negative-prompts-{options.model}.json"
+    out.write_text(json.dumps({**facts, "stop": options.stop, "seen": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
