@@ -25,7 +25,8 @@ def encode(image: Image.Image, picture_format: str, quality: int, generation: Ge
     buffer = io.BytesIO()
     options: dict[str, Any] = {}
     if picture_format == "png":
-        options = {"pnginfo": None if generation is None else png_info(generation)}
+        # level 4 takes about half the time of the usual 6, for 5 to 10 % more bytes
+        options = {"pnginfo": None if generation is None else png_info(generation), "compress_level": 4}
     else:
         options = {"quality": quality, "exif": b"" if generation is None else _exif(generation)}
         if picture_format == "webp":
