@@ -152,8 +152,8 @@ def test_no_module_imports_an_optional_package(tmp_path):
         warnings.simplefilter("ignore")
         for name in {modules!r}:
             importlib.import_module(name)
-        optional = {{"xformers", "triton", "gradio", "pyarrow", "webdataset", "ray", "torchmetrics", "matplotlib"}}
-        print(sorted(optional & set(sys.modules)))
+        optional = {{"xformers", "gradio", "pyarrow", "webdataset", "ray", "torchmetrics", "matplotlib"}}
+        print(sorted(optional & set(sys.modules)))  # Triton is not among them: torch's own FLOP counter loads it
     """
     assert python(code, folder=tmp_path) == "[]"
 
