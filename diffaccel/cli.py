@@ -84,6 +84,9 @@ def generate(
     ] = False,
     device: Placement = None,
     dtype: Precision = None,
+    attention: Annotated[
+        str, typer.Option(help="Who computes dense attention: sdpa, flash3, sage, natten, flex or xformers.")
+    ] = "sdpa",
     debug: Debug = False,
 ) -> None:
     """Make pictures with a recipe and say what it saved."""
@@ -94,7 +97,7 @@ def generate(
     chosen = resolve_recipe(recipe)
     jobs = work.plan(prompts, seed, count, OutputFolder(output, overwrite))
     settings = work.Settings(steps, _guidance(guidance, model), negative, size, batch_size, metadata=not no_metadata)
-    fast = diffaccel.wrap(_load(model, scheduler, device, dtype), chosen)
+    fast = diffaccel.wrap(_load(model, scheduler, device, dtype), chosen, attention_kernel=attention)
     reports = list(work.generate(fast, jobs, settings, model=model, overwrite=overwrite))
     _print_summary(reports, len(jobs), chosen.name)
     for job in jobs:

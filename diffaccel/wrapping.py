@@ -9,6 +9,7 @@ import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from diffaccel.attention_calls import check_kernel, use_kernel
 from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.kernels.registration import recording
@@ -21,7 +22,7 @@ from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
 from diffaccel.seams import Seams
 
-_OWN = frozenset({"pipe", "recipe", "report", "_ledger", "_measured", "_networks"})
+_OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 
 
 class AcceleratedPipeline:
@@ -34,18 +35,23 @@ class AcceleratedPipeline:
         pipe: the stock pipeline.
         recipe: the recipe, fixed at construction.
         report: what the last call did; None before the first one.
+        attention_kernel: who computes dense attention in the denoiser.
     """
 
     pipe: Any
     recipe: Recipe
     report: Report | None
+    attention_kernel: str
 
-    def __init__(self, pipe: Any, recipe: Recipe) -> None:
+    def __init__(self, pipe: Any, recipe: Recipe, attention_kernel: str = "sdpa") -> None:
         model = describe(pipe)
         recipe = recipe.on_transformers() if isinstance(model.layout, TransformerLayout) else recipe.on_unets()
         for method in recipe.methods:
             method.check(model)
+        if attention_kernel != "sdpa":
+            check_kernel(attention_kernel, model)
         self.pipe, self.recipe, self.report = pipe, recipe, None
+        self.attention_kernel = attention_kernel
         self._ledger = FlopLedger()
         self._measured: dict[Hashable, Any] = {}
         self._networks: Hashable = None
@@ -80,6 +86,8 @@ class AcceleratedPipeline:
                 run.arguments = _by_name(self.pipe, *arguments)
                 if convention.images is not None:
                     run.images = convention.images(run.arguments)
+                if self.attention_kernel != "sdpa":
+                    use_kernel(self.attention_kernel, model, run)
                 _attach(model, methods, run, seams)
                 result = self.pipe(*arguments[0], **arguments[1])
             completed = True
@@ -106,19 +114,27 @@ class AcceleratedPipeline:
         return f"diffaccel: {type(self.pipe).__name__} with {self.recipe.describe()}"
 
 
-def wrap(pipe: Any, recipe: Recipe | str | os.PathLike[str] | Method | Sequence[Method]) -> AcceleratedPipeline:
+def wrap(
+    pipe: Any,
+    recipe: Recipe | str | os.PathLike[str] | Method | Sequence[Method],
+    *,
+    attention_kernel: str = "sdpa",
+) -> AcceleratedPipeline:
     """Accelerate a diffusers pipeline without touching it.
 
     Args:
         pipe: any supported diffusers pipeline.
         recipe: methods, a preset name, a `Recipe`, or the path of a JSON recipe.
+        attention_kernel: who computes dense attention in the denoiser: "sdpa" is torch's own choice; "flash3", "sage",
+            "natten", "flex" and "xformers" need their packages (`diffaccel doctor` lists them). It belongs to the
+            machine and not to the recipe. The report counts what ran.
     Raises:
         RecipeError: the recipe is wrong.
-        Unsupported: the pipeline is unknown, or a method cannot work on it.
+        Unsupported: the pipeline is unknown, a method cannot work on it, or the kernel is not installed.
     """
     if isinstance(pipe, AcceleratedPipeline):
         raise Unsupported("this pipeline is wrapped already; wrap its `.pipe` with all methods in one recipe.")
-    return AcceleratedPipeline(pipe, resolve_recipe(recipe))
+    return AcceleratedPipeline(pipe, resolve_recipe(recipe), attention_kernel)
 
 
 def _describe_work(model: ModelMap) -> Hashable:

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from diffaccel.errors import Unsupported
+from diffaccel.kernels.attention_body import attention_flops
 from diffaccel.kernels.registration import record
 
 
@@ -40,6 +42,10 @@ class DenseKernel:
     masks: bool
     heads: int
     run: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+
+    def takes(self, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether it computes attention with such queries and such a mask."""
+        return query.shape[-1] <= self.heads and (mask is None or (self.masks and mask.is_floating_point()))
 
 
 def _sdpa(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float) -> torch.Tensor:
@@ -143,6 +149,27 @@ def dense_attention(
         raise Unsupported(f"the attention kernel {kernel!r} takes no mask.")
     if query.shape[-1] > chosen.heads:
         raise Unsupported(f"the attention kernel {kernel!r} takes heads up to {chosen.heads}, not {query.shape[-1]}.")
-    module = importlib.import_module(chosen.module) if chosen.module else None
     record("dense_attention", kernel)
-    return chosen.run(module, query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out: torch.Tensor = torch.ops.diffaccel.dense_attention(query, key, value, mask, scale, kernel)
+    return out
+
+
+@torch.library.custom_op("diffaccel::dense_attention", mutates_args=())
+def _dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, kernel: str
+) -> torch.Tensor:
+    """One operator for all kernels, so that FLOPs are counted whoever computes."""
+    chosen = KERNELS[kernel]
+    module = importlib.import_module(chosen.module) if chosen.module else None
+    return chosen.run(module, query, key, value, mask, scale)
+
+
+@_dense_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float, kernel: str) -> Any:
+    return torch.empty_like(query)
+
+
+@register_flop_formula(torch.ops.diffaccel.dense_attention)
+def _dense_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return attention_flops(query[0], query[1], query[2], key[2], query[3])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from diffaccel.attention_calls import Caught
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.attention_body import attention_body
 from diffaccel.kernels.block_selection import (
@@ -31,7 +32,7 @@ from diffaccel.kernels.key_lists import KeyLists
 from diffaccel.kernels.registration import recording
 from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import note_whole_controlnets
-from diffaccel.methods.sparse_lists import Caught, Lane, Made, Shape, Verdict, shape_of
+from diffaccel.methods.sparse_lists import Lane, Made, Shape, Verdict, shape_of
 from diffaccel.methods.tokens import MinTokens, median_seconds
 from diffaccel.model_map import ModelMap
 from diffaccel.models.attention_sites import ImageAttention, image_attentions

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.attention_body import attention_flops
@@ -92,24 +88,6 @@ class Lane:
         """Whether a site needs new lists: it has none, they are old, or rows were dropped."""
         made = self.lists.get(site)
         return made is None or step - made.step >= reuse or made.lists.counts.shape[0] != rows
-
-
-class Caught(TorchFunctionMode):
-    """Hands the attention calls inside to `attend(stock, (query, key, value), options)`; only this thread, only inside."""
-
-    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.attend, self.times = attend, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.times += 1
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        options = dict(zip(names, args, strict=False)) | kwargs
-        parts = tuple(options.pop(name) for name in names[:3])
-        return self.attend(functools.partial(func, *args, **kwargs), parts, options)
 
 
 def shape_of(query: torch.Tensor, site: ImageAttention, picture: int, grid: tuple[int, int]) -> Shape:
