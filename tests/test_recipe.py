@@ -48,6 +48,7 @@ UNUSUAL = (
     AdaptiveGuidance(threshold=0.97),
     SkipCache(**SCHEDULED, depth=2, order=2),
     TokenMerging(ratio=0.25, importance=True, min_tokens=64, start_fraction=0.1, stop_fraction=0.8, seed=7),
+    TokenMerging(matcher="tile", proportional=True, reuse=3, dense_blocks=(0, 2)),
     TokenDownsampling(factor=3, reduction="average", min_tokens=100, start_fraction=0.2, stop_fraction=0.7),
     StepSchedule(fraction=0.5, spacing="trailing"),
     StepSchedule(steps=12, spacing="ays"),
