@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,13 @@ def _start(pipe: Any, command: dict[str, Any]) -> int:
 
 def main() -> None:
     import torch
+    from tqdm import tqdm
 
     import diffaccel
 
+    # A progress bar's lock is a semaphore shared by forked processes: a child killed while it holds it would stop all others.
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     pipe = diffaccel.wrap(fast_pipe(), "off")
     with tempfile.TemporaryDirectory() as folder:  # imports everything that a worker will need

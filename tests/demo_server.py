@@ -95,6 +95,12 @@ class Visitor:
 
         expect(self.page.locator(f"#{component}")).to_contain_text(text, timeout=WORKING)
 
+    def wait_for_pictures(self, component: str, count: int) -> None:
+        """Until a gallery shows so many; they arrive after the sentence that says done."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(f"#{component} img")).to_have_count(count, timeout=WORKING)
+
     def text(self, component: str) -> str:
         """What a part of the page says."""
         return str(self.page.locator(f"#{component}").inner_text())
@@ -129,7 +135,7 @@ class Visitor:
         self.press(f"{tab}-run")
         new = self.page.locator(f"#{tab}-status .da-message:not([data-old])")
         expect(new).to_contain_text(text, timeout=WORKING)
-        expect(self.page.locator(f"#{tab}-run")).to_be_enabled()
+        expect(self.page.locator(f"#{tab}-run")).to_be_enabled(timeout=WORKING)
 
     def download(self, component: str, folder: Path) -> Path:
         """Save what a button offers."""

@@ -47,7 +47,7 @@ def test_peak_memory_sees_what_is_gone_again() -> None:
 
     needs(1)
     assert needs(8) < 32 * 2**20  # earlier peaks do not count
-    assert 256 * 2**20 <= needs(256) < 300 * 2**20
+    assert 250 * 2**20 < needs(256) < 300 * 2**20  # pages that were free before count only when they are touched
     assert needs(8) < 32 * 2**20
 
 

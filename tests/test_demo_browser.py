@@ -240,7 +240,7 @@ def test_explore_draws_a_grid_and_a_plot(visit):
     visitor.run("explore", "less than or equal to 1")
     visitor.type("explore-first-values", "0.5, 0.75")
     visitor.run("explore")
-    assert visitor.page.locator("#explore-gallery img").count() == 3
+    visitor.wait_for_pictures("explore-gallery", 3)
     assert "fraction=0.75" in visitor.text("explore-figures")
     plot = visitor.page.locator("#explore-plot img")
     plot.wait_for()
@@ -264,7 +264,7 @@ def test_a_batch_is_checked_watched_and_downloaded(visit, tmp_path):
     choose.set_input_files(good)
     visitor.wait("batch-preview", "3 rows, all valid")
     visitor.run("batch", "Done: 3 of 3 pictures")
-    assert visitor.page.locator("#batch-gallery img").count() == 3
+    visitor.wait_for_pictures("batch-gallery", 3)
     with zipfile.ZipFile(visitor.download("batch-download", tmp_path)) as archive:
         pictures = sorted(name for name in archive.namelist() if name.endswith(".png"))
         (tmp_path / "second.png").write_bytes(archive.read(pictures[1]))
