@@ -50,8 +50,8 @@ SWEEPS: tuple[tuple[str, str, Mapping[str, Any], str, tuple[float, ...]], ...] =
         (0.05, 10.0, 50.0, 3.0),
     ),
     ("SPEED as published, phrases", "speed", {}, "ridge", (1.0,)),
-    ("UCE, prompts", "context", {"general": False}, "erase_weight", (0.03, 0.01, 0.25)),
-    ("SPEED, prompts", "speed", {**PROMPTS, **NULL, "threshold": 1.0}, "ridge", (1000.0, 30.0, 4000.0)),
+    ("UCE, prompts", "context", {"general": False}, "erase_weight", (0.03, 0.01, 0.25, 0.1, 0.5)),
+    ("SPEED, prompts", "speed", {**PROMPTS, **NULL, "threshold": 1.0}, "ridge", (1000.0, 30.0, 4000.0, 100.0, 300.0)),
     ("UCE of values, phrases", "uce", {**PHRASES, "projections": "values"}, "erase_weight", (1.0,)),
     ("UCE of values, prompts", "context", {"general": False, "projections": "values"}, "erase_weight", (0.03, 0.01)),
 )
