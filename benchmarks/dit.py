@@ -59,6 +59,15 @@ def methods(model: str) -> dict[str, tuple[str, int, dict[str, Any]]]:
             )
             for ratio in RATIOS
         },
+        "TokenMerging(0.5)": ("token_merging", 2, {"ratio": 0.5, "min_tokens": 1}),
+        **{
+            f"SparseAttention({keep})": (
+                "sparse_attention",
+                5,  # a dense step, and four that share their lists
+                {"keep": keep, "start": 1, "reuse": 4, "min_tokens": 1},
+            )
+            for keep in RATIOS
+        },
         f"SkipCache({INTERVAL})": ("skip_cache", INTERVAL, {**cache, "order": 0}),
         f"ResidualCache({INTERVAL})": ("residual_cache", INTERVAL, {**cache, "order": 0}),
         f"Forecast({INTERVAL})": ("forecast", INTERVAL, {**cache, "full_first": 1}),
