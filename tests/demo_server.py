@@ -114,6 +114,18 @@ class Visitor:
         self.page.locator(f"#{component} input").first.click()
         self.page.get_by_role("option", name=option, exact=True).click()
 
+    def switch(self, label: str, *, on: bool = True) -> None:
+        """Set a check box. The page's answer to an earlier change may arrive meanwhile and set all of them once more."""
+        from playwright.sync_api import Error
+
+        box = self.page.get_by_label(label)
+        for _ in range(3):
+            try:
+                return box.set_checked(on, timeout=WORKING)
+            except Error:
+                self.page.wait_for_timeout(1000)
+        return box.set_checked(on, timeout=WORKING)
+
     def press(self, component: str) -> None:
         """Press a button."""
         self.page.locator(f"#{component}").click()
