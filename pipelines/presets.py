@@ -26,7 +26,7 @@ PRESETS = (
     ),
     Recipe(
         name="fastest",
-        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 16 or fewer are not cached. Costs a few "
+        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 17 or fewer are not cached. Costs a few "
         "prompts on shapes-sd3.",
         methods=(StepSchedule(fraction=0.5), SkipCache(interval=3, order=1)),
         transformer_methods=(StepSchedule(fraction=0.5), Forecast(interval=3, schedule="early")),

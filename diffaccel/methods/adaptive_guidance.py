@@ -2,7 +2,8 @@
 
 Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models" (arXiv 2312.12487):
 gamma = <c, u> / (|c| |u|); after the first step with gamma >= threshold, guidance stays off. Measured here on the clean
-picture implied by each prediction, because raw noise predictions agree to 0.9999 from the first step on.
+picture implied by each prediction: noise predictions are alike at high noise whatever the prompt, since they are mostly the
+noise itself.
 """
 
 from __future__ import annotations
