@@ -24,6 +24,14 @@ PEERS = {
     "block_cache": ("diffusers ", "cache-dit"),
     "residual_cache": ("cache-dit",),
 }
+# Rows of the operator benchmark that belong to a method.
+OPERATORS = {
+    "normalized_attention_guidance": ("nag_blend",),
+    "region_sampling": ("cache_write",),
+    "sparse_attention": ("attention_body, a quarter of the blocks",),
+    "sparse_cross_attention": ("sparse_softmax",),
+    "token_merging": ("match, merge, unmerge: one block", "match, merge, unmerge: five blocks of a step"),
+}
 SUBJECTS = {"fidelity": "shapes-sd", "fidelity-shapes-sd3": "shapes-sd3"}
 
 
@@ -152,7 +160,7 @@ def _code(text: str) -> str:
 def measured(name: str) -> str:
     """What our benchmarks say about a method alone; a plain sentence where there is nothing."""
     parts = [part for part in (_fidelity(name), _speed(name)) if part]
-    return "\n\n".join(parts) or "Not measured yet."
+    return "\n\n".join(parts) or "Not measured on whole models yet."
 
 
 def _fidelity(name: str) -> str:
@@ -256,6 +264,31 @@ def _place(data: dict[str, Any]) -> str:
     return f"{machine.get('gpu') or machine['cpu']}, {how['size']} x {how['size']}, {how['dtype']}{compiled}, {runs}"
 
 
+def operators(name: str) -> str:
+    """How fast a method's own operators are, beside the fastest other implementation of the same run."""
+    head = ("Operator", "Shape", "Variant", "ms", "Times as fast (range) as the fastest other")
+    parts = []
+    for path in sorted(RESULTS.glob("operators-*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        machine, how = data["machine"], data["settings"]
+        place = f"{machine['gpu']}" if machine.get("gpu") else f"{machine['cpu']}, {machine['threads']} thread"
+        command = f"python benchmarks/operators.py --device {how['device']} --dtype {how['dtype']}"
+        caption = f"Operators alone, {place}, {how['dtype']}, {how['repeats']} repetitions (`{command}`):"
+        rows = [_operator_row(row) for row in data["rows"] if row["own"] and row["operator"] in OPERATORS[name]]
+        if rows:
+            parts.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _operator_row(row: dict[str, Any]) -> tuple[str, ...]:
+    shape = row["shape"] + (f", density {row['density']:.2f}" if row["density"] else "")
+    if row["failed"]:
+        return row["operator"], shape, row["variant"], "", row["failed"]
+    faster = row["faster"]
+    against = f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f}) {row['baseline']}"
+    return row["operator"], shape, row["variant"], f"{1000 * row['seconds']['median']:.3g}", against
+
+
 def fidelity(subject: str) -> str:
     """Presets against fewer steps on a bundled model, dearest first."""
     stem = next(stem for stem, name in SUBJECTS.items() if name == subject)
@@ -316,5 +349,5 @@ def reference() -> str:
 
 MAKERS = {
     function.__name__: function
-    for function in (settings, facts, conflicts, recipes, measured, fidelity, examples, script, reference)
+    for function in (settings, facts, conflicts, recipes, measured, operators, fidelity, examples, script, reference)
 }
