@@ -71,11 +71,14 @@ class Operator:
         functools.update_wrapper(self, torch_path)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        from diffaccel.kernels.triton_support import launching_on
+
         path = self.path(*args, **kwargs)
         record(self.name, path)
-        function = self.triton_path if path == "triton" else self.torch_path
-        assert function is not None
-        return function(*args, **kwargs)
+        if path == "torch" or self.triton_path is None:
+            return self.torch_path(*args, **kwargs)
+        with launching_on(_first_tensor(args, kwargs)):
+            return self.triton_path(*args, **kwargs)
 
     def path(self, *args: Any, **kwargs: Any) -> str:
         """The path that a call with these arguments takes: "triton" or "torch"."""

@@ -72,6 +72,11 @@ def usable(tensor: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= MIN_CAPABILITY
 
 
+def launching_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one: Triton launches on that one, whatever GPU the pointers belong to."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def capability(tensor: torch.Tensor) -> tuple[int, int]:
     """Compute capability of the tensor's GPU; (9, 0) for the interpreter."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)

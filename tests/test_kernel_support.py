@@ -5,9 +5,11 @@ This is also the shortest template of an operator's tests.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from kernels_example import row_scale, row_scale_oracle
 
 from diffaccel import Unsupported
 from diffaccel.flops import count_flops
+from diffaccel.kernels import triton_support
 from diffaccel.kernels.registration import recording
 from diffaccel.kernels.triton_support import Tile, force_triton, power_of_two, tiles, tl, triton
 
@@ -87,6 +90,28 @@ def test_kernels_compile_for_gpus_that_are_not_here():
     for found in compile_variants(variants):
         assert_fits(found, matrix=False, loops=False)
         assert found.registers > 0
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU; with a pipeline on the second one that would be another one's memory."""
+    entered = []
+
+    @contextlib.contextmanager
+    def entering(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with triton_support.launching_on(second):
+        pass
+    assert entered == [second.device, "left"]
+    monkeypatch.setattr(triton_support, "launching_on", lambda x: entering(tuple(x.shape)))
+    monkeypatch.setattr(row_scale, "triton_path", lambda x, factor: entered.append("launched") or x.clone())
+    with force_triton():
+        row_scale(torch.randn(3, 8), torch.rand(3))
+    assert entered[2:] == [(3, 8), "launched", "left"]
 
 
 # --- the harness finds defects ---
