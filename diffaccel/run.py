@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.noise import edm_sigma
 
@@ -298,6 +300,7 @@ class Run:
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)
+    _thread: int = field(default_factory=threading.get_ident)
 
     def around(self, network: str, layer: Layer, function: Around) -> None:
         """Put `function(call, proceed)` around every call of `network` ("denoiser" or "controlnet")."""
@@ -318,6 +321,16 @@ class Run:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def release(self) -> None:
+        """The call is over: let go of the methods, and with them of all stored tensors.
+
+        Methods refer to the run and the run to them, so that without this their tensors would wait for the garbage
+        collector, which does not know how large they are.
+        """
+        self._around.clear()
+        self._planners.clear()
+        self.ledger, self.arguments = FlopLedger(), {}
+
     def skip(self, network: str, call: Call, *tags: Any) -> None:
         """Record a call that the pipeline made and that was answered without running the network."""
         self.evaluations.append(
@@ -327,7 +340,16 @@ class Run:
     def handle(
         self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any
     ) -> Any:
-        """One network call from the pipeline, through all methods, to the original forward."""
+        """One network call from the pipeline, through all methods, to the original forward.
+
+        Raises:
+            Unsupported: it comes from another thread, whose call would be mixed up with this one.
+        """
+        if threading.get_ident() != self._thread:
+            raise Unsupported(
+                f"this {type(module).__name__} is inside an accelerated call of another thread; make calls on one network "
+                "one after the other."
+            )
         arguments = bind_arguments(type(module), args, kwargs)
         timestep = arguments.get("timestep")
         if self.clock.enter(None if timestep is None else float(_first(timestep))):

@@ -15,7 +15,8 @@ Facts this file relies on (checked against diffusers 0.42 and accelerate 1.15):
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,8 @@ from torch.utils.hooks import RemovableHandle
 from diffaccel.errors import Unsupported
 
 _MISSING = object()
+_CLAIM = "diffaccel_run"
+_CLAIMING = threading.Lock()
 
 
 class Seams:
@@ -42,6 +45,24 @@ class Seams:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.__exit__(kind, error, trace)
+
+    def claim(self, owners: Sequence[Any]) -> None:
+        """Take objects for one run, all or none of them, before anything on them is changed.
+
+        Two runs that change and restore the same objects at once would each put back what the other one had installed.
+
+        Raises:
+            Unsupported: one of them belongs to a run that has not ended.
+        """
+        with _CLAIMING:
+            for owner in owners:
+                if _CLAIM in vars(owner):
+                    raise Unsupported(
+                        f"this {type(owner).__name__} is already inside an accelerated call; nested or concurrent calls "
+                        "cannot share it."
+                    )
+            for owner in owners:
+                self.replace(owner, _CLAIM, True)
 
     def replace_forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace `module.forward` by `make(current forward)`.

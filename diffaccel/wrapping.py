@@ -82,6 +82,7 @@ class AcceleratedPipeline:
         started, completed = time.perf_counter(), False
         try:
             with Seams() as seams, recording(run.operators):
+                seams.claim([*_networks(model), self.pipe.scheduler])
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
                 run.arguments = _by_name(self.pipe, *arguments)
                 if convention.images is not None:
@@ -94,7 +95,13 @@ class AcceleratedPipeline:
         finally:
             seconds = time.perf_counter() - started
             self.report = build_report(run, self.recipe.to_dict(), seconds, completed=completed)
+            run.release()
         return result
+
+    def to(self, *args: Any, **kwargs: Any) -> AcceleratedPipeline:
+        """Move or cast the pipeline; as `pipe.to` returns the pipeline, so this returns the accelerated one."""
+        self.pipe.to(*args, **kwargs)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN:  # not set yet: copy and pickle ask before __init__ has run
@@ -139,10 +146,14 @@ def wrap(
 
 def _describe_work(model: ModelMap) -> Hashable:
     """What the work of a network call depends on besides its arguments: weights, adapters, where they are."""
-    networks = [*(net for net, _ in model.denoisers), *(net for net, _ in model.controlnets)]
     return tuple(
-        (AdapterProbe(net).state(), tuple((p.shape, p.dtype, p.device) for p in net.parameters())) for net in networks
+        (AdapterProbe(net).state(), tuple((p.shape, p.dtype, p.device) for p in net.parameters()))
+        for net in _networks(model)
     )
+
+
+def _networks(model: ModelMap) -> list[Any]:
+    return [*(net for net, _ in model.denoisers), *(net for net, _ in model.controlnets)]
 
 
 def _prepare(
@@ -181,18 +192,12 @@ def _attach(model: ModelMap, methods: list[Method], run: Run, seams: Seams) -> N
 
 
 def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: Seams) -> None:
-    if getattr(module.forward, "diffaccel_run", False):
-        raise Unsupported(
-            f"this {type(module).__name__} is already inside an accelerated call; nested or concurrent calls on one "
-            "network cannot share it."
-        )
     batched = model.convention.batched
 
     def make(original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return run.handle(network, module, original, batched, args, kwargs)
 
-        forward.diffaccel_run = True  # type: ignore[attr-defined]
         return forward
 
     seams.replace_forward(module, make)

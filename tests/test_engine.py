@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import json
 import pickle
 import random
+import threading
 from types import FunctionType, MethodType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,13 +18,20 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from independent import counted_rows, network_flops
 from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet
+from tiny_transformers import run as run_transformer
+from tiny_transformers import tiny_pipeline as tiny_transformer
 
 import diffaccel
 from diffaccel import (
     AdaptiveGuidance,
+    BlockCache,
+    Forecast,
     GuidanceInterval,
     Recipe,
+    RegionSampling,
+    ResidualCache,
     SkipCache,
+    StepReuse,
     StepSchedule,
     TokenDownsampling,
     TokenMerging,
@@ -246,6 +257,115 @@ def test_nested_calls_are_refused(sd, fast):
     assert fast.report.evaluations == 5
 
 
+class Slow(GuidanceInterval):
+    """Waits while it attaches itself, until the other call has ended."""
+
+    attaching: ClassVar = threading.Event()
+    go_on: ClassVar = threading.Event()
+
+    def attach(self, model, run, seams):
+        super().attach(model, run, seams)
+        self.attaching.set()
+        self.go_on.wait(20)
+
+
+def test_calls_from_two_threads(sd):
+    """One that is attached while the other one ends: it is refused before it changes anything."""
+    one, two = diffaccel.wrap(sd, [SkipCache(interval=2)]), diffaccel.wrap(sd, [Slow(low=0.5), SkipCache(interval=2)])
+    want, before, caught = run(one, "sd", steps=9), snapshot(sd), []
+
+    def second():
+        try:
+            run(two, "sd", steps=9)
+        except Unsupported as error:
+            caught.append(str(error))
+        finally:
+            Slow.attaching.set()
+
+    thread = threading.Thread(target=second)
+
+    def start(pipe, index, t, tensors):
+        if index == 1:
+            thread.start()
+            assert Slow.attaching.wait(20)
+        return {}
+
+    assert torch.equal(one(**tiny_inputs("sd", steps=9), callback_on_step_end=start).images, want)
+    Slow.go_on.set()
+    thread.join()
+    assert len(caught) == 1
+    assert "already inside an accelerated call" in caught[0]
+    assert snapshot(sd) == before
+    assert torch.equal(run(one, "sd", steps=9), want)
+
+
+def test_a_stock_call_in_another_thread_is_not_mixed_up(sd):
+    """Another pipeline around the same UNet, while that is inside an accelerated call."""
+    fast = diffaccel.wrap(sd, [SkipCache(interval=2)])
+    want, caught = run(fast, "sd", steps=9), []
+    sample, text = torch.ones(1, 4, 16, 16), torch.ones(1, 5, 16)
+
+    def stock():
+        try:
+            sd.unet(sample, 1, text)
+        except Unsupported as error:
+            caught.append(str(error))
+
+    def callback(pipe, index, t, tensors):
+        thread = threading.Thread(target=stock)
+        thread.start()
+        thread.join()
+        return {}
+
+    assert torch.equal(fast(**tiny_inputs("sd", steps=9), callback_on_step_end=callback).images, want)
+    assert len(caught) == 9
+    assert "another thread" in caught[0]
+
+
+def living_tensors():
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # some lie about __class__
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("sd", SkipCache(interval=2)),
+        ("sd", GuidanceInterval(low=0.5)),
+        ("sd", AdaptiveGuidance(threshold=0.9)),
+        ("sd", StepReuse(threshold=1e9)),
+        ("sd3", Forecast()),
+        ("sd3", ResidualCache()),
+        ("sd3", RegionSampling()),
+        ("flux-cfg", BlockCache(kind="pyramid")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_stored_tensors_die_with_the_run(kind, method):
+    """At once, and not when the garbage collector comes by: they may be most of a graphics card."""
+    pipe = tiny_pipeline(kind) if kind == "sd" else tiny_transformer(kind)
+    fast, call = diffaccel.wrap(pipe, [method]), run if kind == "sd" else run_transformer
+    inside, calls = [], itertools.count()
+
+    def look(*_):
+        if next(calls) == 8:
+            inside.append(living_tensors())
+
+    call(fast, kind, steps=12)
+    gc.collect()
+    gc.disable()
+    try:
+        before = living_tensors()
+        network = pipe.unet if kind == "sd" else pipe.transformer
+        handle = network.register_forward_hook(look)
+        call(fast, kind, steps=12)
+        handle.remove()
+        after = living_tensors()
+    finally:
+        gc.enable()
+    assert inside[0] > before
+    assert after == before
+
+
 def test_wrapping_twice_is_refused(fast):
     with pytest.raises(Unsupported, match="wrapped already"):
         diffaccel.wrap(fast, [])
@@ -284,6 +404,15 @@ def test_attributes_pass_through(sd):
         _ = fast.no_such_thing
     assert {"report", "recipe", "pipe", "unet", "to", "enable_model_cpu_offload"} <= set(dir(fast))
     assert repr(fast) == "diffaccel: StableDiffusionPipeline with no methods"
+
+
+def test_to_returns_the_accelerated_pipeline(sd):
+    """`fast = fast.to("cuda")` must not lose the recipe."""
+    fast = diffaccel.wrap(sd, [])
+    assert fast.to("cpu") is fast
+    assert fast.to(torch.float64) is fast
+    assert sd.unet.dtype == torch.float64
+    fast.to(torch.float32)
 
 
 def test_pipe_recipe_and_report(sd):
