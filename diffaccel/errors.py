@@ -4,12 +4,15 @@ from __future__ import annotations
 
 
 class DiffaccelError(Exception):
-    """Base of all errors raised on purpose by diffaccel."""
+    """Base of the errors that diffaccel raises on purpose. Settings out of range raise pydantic's ValidationError, a ValueError."""
 
 
 class Unsupported(DiffaccelError):
-    """A method, pipeline or call that cannot work; the message gives the reason."""
+    """A pipeline, method or call that cannot work, raised by `wrap` where that is known before the call, else by the call.
+
+    The message gives the reason.
+    """
 
 
 class RecipeError(DiffaccelError, ValueError):
-    """A recipe or a method setting that is wrong; the message names the offending key or value."""
+    """A recipe, recipe file or combination of methods that is wrong; the message names the key, the value or the pair."""

@@ -27,8 +27,11 @@ class AdaptiveGuidance(Method):
 
     Attributes:
         threshold: cosine similarity of the two x0 predictions, in (0, 1]; lower stops earlier. Off: 1.0.
-    A latched image gets its conditional prediction from the next solver step on and never returns to guidance in that
-    run. The rows are dropped when all images have latched, so that no image depends on its batch mates.
+    An image whose similarity has reached the threshold gets its conditional prediction from the next solver step on, and
+    no guidance again in that run. The rows are dropped once this holds for all images of the batch, so that no image
+    depends on its batch mates.
+
+    Paper: Castillo et al., arXiv 2312.12487.
     """
 
     name: ClassVar[str] = "adaptive_guidance"

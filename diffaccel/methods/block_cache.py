@@ -94,6 +94,9 @@ class BlockCache(Method):
     pyramid: flux, flux2, qwen-image, cogview4, wan, cogvideox
     dual_block: sd3, flux, flux2, pixart, lumina-next, lumina2, sana, qwen-image, z-image, cogview4, wan, cogvideox
     dual_block, single blocks only: auraflow
+
+    Papers: TeaCache, arXiv 2411.19108; MagCache, arXiv 2506.09045; TaylorSeer, arXiv 2503.06923; Pyramid Attention
+    Broadcast, arXiv 2408.12588.
     """
 
     name: ClassVar[str] = "block_cache"

@@ -47,6 +47,9 @@ class Erase(Method):
             the folder of that file, which it must not leave: recipes may come from strangers, and they name no other files
             of this machine.
         strength: 1 erases as solved; less erases less; off: 0, or no file.
+
+    Paper: the one of the edit (`Edit.method`): UCE, arXiv 2308.14761; RECE, arXiv 2407.12383; SPEED, arXiv 2503.07392; MACE,
+    arXiv 2403.06135.
     """
 
     name: ClassVar[str] = "erase"

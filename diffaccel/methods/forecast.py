@@ -46,6 +46,8 @@ class Forecast(CacheSettings):
     The other settings are those of every cache on a schedule; an evaluation is one denoiser call of the schedule. A full
     one is forced when guidance rows, prompt embeddings, adapters or the picture size change. ControlNets run whole; what
     they add between the blocks is predicted with the rest.
+
+    Paper: Liu et al. (TaylorSeer), arXiv 2503.06923.
     """
 
     name: ClassVar[str] = "forecast"

@@ -30,6 +30,8 @@ class GuidanceInterval(Method):
         low: lower bound in EDM sigma, exclusive; 0 guides to the end.
         start_fraction, stop_fraction: the same as shares of the run's steps, in [0, 1]. Both conditions must hold.
     The decision is made once per solver step, from its first evaluation. Off: all defaults.
+
+    Paper: Kynkaanniemi et al., arXiv 2404.07724.
     """
 
     name: ClassVar[str] = "guidance_interval"

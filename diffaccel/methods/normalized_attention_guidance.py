@@ -52,6 +52,8 @@ class NormalizedAttentionGuidance(Method):
         alpha: share of the pushed output in the result. Off: 0.
         start_fraction, stop_fraction: shares of the run between which attention is guided; an early stop is cheaper.
     Works on UNets, PixArt, SD3 and FLUX. Classifier-free guidance must be off: it has a negative prompt of its own.
+
+    Paper: Chen et al. (NAG), arXiv 2505.21179.
     """
 
     name: ClassVar[str] = "normalized_attention_guidance"

@@ -54,6 +54,8 @@ class RegionSampling(Method):
     step is forced when a guidance branch comes back, or prompts, adapters or the picture size change. `report.region_map()`
     shows how often each region was computed.
     Memory: keys and values of all image tokens in every block, given in the report.
+
+    Paper: Liu et al. (RAS), arXiv 2502.10389.
     """
 
     name: ClassVar[str] = "region_sampling"

@@ -39,6 +39,8 @@ class ResidualCache(CacheSettings):
     The other settings are those of every cache on a schedule; an evaluation is one denoiser call of the schedule. A full
     one is forced when guidance rows, prompt embeddings, adapters or the picture size change. ControlNets run whole; what
     they add inside the inner blocks is cached with d. Memory: 2 * (order + 1) hidden states per network call and stream.
+
+    Paper: Chen et al. (Delta-DiT), arXiv 2406.01125.
     """
 
     name: ClassVar[str] = "residual_cache"

@@ -49,6 +49,8 @@ class SkipCache(CacheSettings):
     An evaluation is one denoiser call of the schedule: two-stage solvers have two per step. A full one is forced when
     guidance rows, prompt embeddings, ControlNet inputs, adapters, LoRA scales, FreeU or the picture size change; when
     adaptive guidance ends for good, the conditional rows of F stay in use instead.
+
+    Papers: Ma et al. (DeepCache), arXiv 2312.00858; Chen et al. (Skip-DiT), arXiv 2411.17616.
     """
 
     name: ClassVar[str] = "skip_cache"

@@ -59,6 +59,8 @@ class SparseAttention(Method):
             far, in powers of two (20 to 50); None leaves out none. Acts on GPUs only.
         min_tokens: sparse where a sequence has at least so many tokens; "measured" times both forms once per shape and
             device on the run's own tensors, and leaves dense what loses.
+
+    Papers: Zhang et al. (SpargeAttn), arXiv 2502.18137; lists kept over steps: AdaSpa, arXiv 2502.21079.
     """
 
     name: ClassVar[str] = "sparse_attention"

@@ -33,6 +33,8 @@ class SparseCrossAttention(Method):
         alpha: which sparse attention: 1.5 is entmax as in the paper, 2.0 is sparsemax, which drops more words.
         start_fraction, stop_fraction: shares of the run between which attention is extrapolated.
     Works on UNets and on transformers with separate cross-attention (PixArt, Sana, HunyuanDiT).
+
+    Paper: Kim and Sim (PLADIS), arXiv 2503.07677.
     """
 
     name: ClassVar[str] = "sparse_cross_attention"

@@ -40,6 +40,8 @@ class StepReuse(Method):
     The decision holds for all guidance branches and, in two-stage solvers, for all evaluations of a solver step; both then
     use the newest prediction. Images that must be computed run without the others. Everything runs when guidance
     returns, or when prompt embeddings or adapters change.
+
+    Paper: Ye et al. (AdaptiveDiffusion), arXiv 2410.09873.
     """
 
     name: ClassVar[str] = "step_reuse"

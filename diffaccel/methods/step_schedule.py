@@ -30,6 +30,8 @@ class StepSchedule(Method):
         steps: an absolute number of steps instead.
         spacing: "leading", "trailing" or "linspace" as in diffusers, or "ays" for the published list of this family.
     img2img and inpainting apply their strength to the reduced number, as they do to any number. Off: fraction 1.
+
+    Paper of "ays": Sabour et al. (Align Your Steps), arXiv 2404.14507.
     """
 
     name: ClassVar[str] = "step_schedule"

@@ -31,6 +31,8 @@ class TokenDownsampling(Method):
         min_tokens: shorten self-attentions on at least so many tokens, or "measured": those where a timing on this
             machine says it pays.
         start_fraction, stop_fraction: shares of the run between which keys are shortened.
+
+    Paper: Smith et al. (ToDo), arXiv 2402.13573.
     """
 
     name: ClassVar[str] = "token_downsampling"

@@ -50,6 +50,9 @@ class TokenMerging(Method):
         seed: seed of the destination draws. Pictures never depend on their batch mates, and the draws never touch the
             global random state.
     Conditional and unconditional rows of an image share one slot map.
+
+    Papers: Bolya and Hoffman (ToMe), arXiv 2303.17604; `importance`: Wu et al., arXiv 2411.16720; "agglomerative": Haurum et
+    al., arXiv 2409.11923.
     """
 
     name: ClassVar[str] = "token_merging"

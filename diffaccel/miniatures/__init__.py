@@ -32,10 +32,14 @@ def load_miniature(name: Literal["shapes-sd3"], *, dtype: torch.dtype | None = N
 @overload
 def load_miniature(name: str, *, dtype: torch.dtype | None = None) -> DiffusionPipeline: ...
 def load_miniature(name: str = "shapes-sd", *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """A bundled model as a plain diffusers pipeline on the CPU, in `dtype` (float32 unless told).
+    """A bundled model as a plain diffusers pipeline on the CPU. Nothing is downloaded.
 
-    "shapes-sd" is a StableDiffusionPipeline, "shapes-sd3" a StableDiffusion3Pipeline. Pictures are 128 x 128.
-    Never touches the network. Raises ValueError for an unknown name.
+    Args:
+        name: "shapes-sd", a StableDiffusionPipeline, or "shapes-sd3", a StableDiffusion3Pipeline. Both draw coloured shapes,
+            128 x 128 pixels, and nothing else.
+        dtype: of the weights; None is float32.
+    Raises:
+        ValueError: there is no bundled model of that name.
     """
     return load_folder(miniature_path(name), dtype=dtype)
 
@@ -65,7 +69,11 @@ def recommended_guidance(name: str = "shapes-sd") -> float:
 
 
 def load_judge() -> Judge:
-    """The judge of the shapes world, on the CPU."""
+    """The network that reads pictures of the bundled models, on the CPU: shape, colour, texture, size and arrangement.
+
+    `judge.score(images, cases)` says which pictures show what their prompt asks for. It knows no other pictures; how
+    often it is right stands in the model card of shapes-sd.
+    """
     from diffaccel.miniatures.judge import Judge
 
     return Judge.load(miniature_path("shapes-sd") / "judge")
