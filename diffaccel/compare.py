@@ -75,6 +75,8 @@ def compare(
         reference: name of the variant that PSNR, SSIM and Frechet distance refer to.
         on_progress: called as (calls done, calls in total, what comes next) while the rounds run.
         call: further arguments of the pipeline call, such as height and width.
+    Returns:
+        A `Comparison`: one row per variant; `table()` is a rich table, `save_json` and `save_picture` write it.
     Raises:
         CompareError: no prompts, a judge without prompt cases, or names that are not unique or unknown.
         Unsupported, RecipeError: from `wrap`.

@@ -35,6 +35,8 @@ class Interval:
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio per picture in dB, (n,) fp32; `inf` where the pictures are identical.
 
+    Args:
+        images, reference: (n, 3, h, w) float in [0, 1]; picture i is compared with picture i.
     Raises:
         QualityError: shapes differ, values are not pictures, or torchmetrics is missing.
     """
@@ -51,6 +53,8 @@ def mean_psnr(values: Tensor) -> float:
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity per picture (11 x 11 Gaussian window, sigma 1.5, mirrored edges), (n,) fp32; 1 where identical.
 
+    Args:
+        images, reference: (n, 3, h, w) float in [0, 1].
     Raises:
         QualityError: as `psnr`; pictures smaller than the window.
     """

@@ -1,4 +1,4 @@
-"""Image-to-image on the parts of a text-to-image pipeline: any diffusers pipeline can be wrapped."""
+"""Image-to-image on the parts of a text-to-image pipeline: its own pipeline class is wrapped as it is."""
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
