@@ -43,6 +43,10 @@ DENSE_TILES: TileTable = {
     ((9, 0), 128): Tile(128, 64, 8, 3),
     ((9, 0), 160): Tile(128, 64, 8, 2),
     ((9, 0), 256): Tile(128, 32, 8, 2),
+    # consumer GPUs of 12.0 have the shared memory and the kind of matrix instructions of 8.9, not those of 9.0
+    ((12, 0), 128): Tile(128, 32, 8, 3),
+    ((12, 0), 160): Tile(128, 32, 8, 2),
+    ((12, 0), 256): Tile(64, 32, 8, 2),
 }
 # The lists fix the blocks (128 queries, 64 keys everywhere, so that a picture does not depend on the GPU); from here come
 # warps and stages. Larger heads would spill.
@@ -437,7 +441,8 @@ def _supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *res
     if query.dtype not in dtypes or query.shape[0] * query.shape[1] > 65_535:
         return False
     table = DENSE_TILES if len(rest) < 4 or rest[3] is None else LIST_TILES
-    return any(low <= capability(query) and query.shape[-1] <= most for low, most in table)
+    at = capability(query)
+    return any(low <= at and query.shape[-1] <= most for low, most in table)
 
 
 def _fake(

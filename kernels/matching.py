@@ -87,6 +87,7 @@ TILES = {
     ((8, 0), 4): Tile(rows=64, columns=64, depth=32, warps=8, stages=2),
     ((9, 0), 2): Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
     ((9, 0), 4): Tile(rows=64, columns=64, depth=32, warps=8, stages=2),
+    ((12, 0), 2): Tile(rows=128, columns=64, depth=64, warps=8, stages=3),
 }
 _PROGRAMS = 132  # programs that fill the largest GPU in the table; destinations are split until there are so many
 _NORM_ROWS, _NORM_COLUMNS = 4, 512

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
+from ahead_of_time import ARCHITECTURES, CONSUMER, Variant, assert_fits, compile_variants
 from kernel_harness import DTYPES, assert_accurate, assert_no_worse, errors, far_tensor, harden
 
 from diffaccel import Unsupported
@@ -310,6 +310,8 @@ VARIANTS = [
     *(variant(size, arch, biased=True) for arch in ARCHITECTURES for size in (40, 80, 128, 160, 256)),
     *(variant(size, arch, listed=True) for arch in ARCHITECTURES for size in (64, 128)),
     *(variant(88, arch, listed=True, skips=True) for arch in ARCHITECTURES),
+    *(variant(size, CONSUMER, biased=True) for size in (80, 256)),
+    variant(128, CONSUMER, listed=True),
 ]
 
 

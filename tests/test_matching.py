@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
+from ahead_of_time import ARCHITECTURES, CONSUMER, Variant, assert_fits, compile_variants
 from kernel_harness import DTYPES, far_tensor, harden
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel.errors import Unsupported
 from diffaccel.kernels import matching
 from diffaccel.kernels.matching import inverse_norms, match_tokens, match_tokens_oracle
-from diffaccel.kernels.triton_support import force_triton
+from diffaccel.kernels.triton_support import force_triton, tiles
 
 # (batch, sources, destinations, channels)
 SHAPES = [(1, 1, 1, 8), (2, 17, 15, 40), (3, 129, 130, 72), (1, 77, 333, 160)]
@@ -151,9 +151,10 @@ def test_compiled_for_gpus_that_are_not_here():
     counts = ("tokens", "sources", "destinations", "part", "source_batch", "destination_batch")
     types = pointers | dict.fromkeys(counts, "i32")
     module, variants = "diffaccel.kernels.matching", []
-    for architecture in ARCHITECTURES:
-        for size, dtype, channels in ((2, "*bf16", 320), (2, "*fp16", 3072), (4, "*fp32", 640)):
-            tile = matching.TILES[(9, 0) if architecture == 90 else (8, 0), size]
+    for architecture in (*ARCHITECTURES, CONSUMER):
+        shapes = ((2, "*bf16", 320), (2, "*fp16", 3072), (4, "*fp32", 640))
+        for size, dtype, channels in shapes[: 2 if architecture == CONSUMER else 3]:
+            tile = tiles(matching.TILES, size, divmod(architecture, 10))
             constants = {"channels": channels, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
             constants |= {"PRECISION": "ieee", "UP": False}
             options = (types | {"x_ptr": dtype}, constants, architecture, tile.warps, tile.stages)
