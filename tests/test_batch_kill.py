@@ -202,6 +202,29 @@ def test_a_silent_worker_of_another_machine_is_replaced_after_the_lease(forge, r
     assert_complete(tmp_path, reference)
 
 
+@pytest.mark.parametrize("other", [{"on_change": "overwrite", "seed": 5}, {"batch_size": 3}])
+def test_a_folder_at_work_takes_no_other_division_of_the_work(forge, reference, tmp_path, other):
+    """It was waited for in silence and then replaced, or its rows were made twice."""
+    running = forge.start(ROWS, tmp_path, SETTINGS, pause=1.0)
+    wait_for_a_claim(tmp_path)
+    assert forge.run(ROWS, tmp_path, {**SETTINGS, **other}) == 70  # at once, with the sentence of `BatchError`
+    assert len(list(tmp_path.glob("*.png"))) < len(ROWS)
+    assert forge.wait(running) == 0
+    assert_complete(tmp_path, reference)
+
+
+@pytest.mark.parametrize("other", [{"on_change": "overwrite", "seed": 5}, {"batch_size": 3}])
+def test_the_card_of_a_machine_that_died_is_in_the_way_for_a_lease_only(forge, tmp_path, other):
+    settings = {**SETTINGS, "lease": 1.0}
+    dying = forge.start(ROWS, tmp_path, settings, pause=600)
+    wait_for_a_claim(tmp_path)
+    assert forge.kill(dying, after=0) == -9
+    card = next((tmp_path / ".diffaccel" / "workers").glob("[!.]*"))
+    card.write_text(json.dumps({**json.loads(card.read_text()), "machine": "another boot"}))
+    assert forge.run(ROWS, tmp_path, {**settings, **other}) == 0
+    assert len(list(tmp_path.glob("*.png"))) == len(ROWS)
+
+
 def test_a_worker_that_was_only_slow_changes_nothing(forge, reference, tmp_path):
     """Stopped longer than its lease and then woken, it finds its rows taken and leaves them alone."""
     settings = {**SETTINGS, "lease": 0.6}

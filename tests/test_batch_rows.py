@@ -107,6 +107,7 @@ def test_every_problem_is_listed_by_row(tmp_path):
         {"prompt": 7},
         {"prompt": "\ud800"},
         {"prompt": "x", "steps": True},
+        {"prompt": "a\0b"},
     ]
     found = problems(rows, tmp_path)
     expected = [
@@ -119,9 +120,25 @@ def test_every_problem_is_listed_by_row(tmp_path):
         (6, "prompt: it must be text, not 7"),
         (7, "UTF-8"),
         (8, "steps: True is not a number"),
+        (9, "NUL"),
     ]
     assert [row for row, _ in found] == [row for row, _ in expected]
     assert all(words in sentence for (_, words), (_, sentence) in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("column", ["seed", "steps", "width", "guidance_scale"])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_beyond_every_float_are_refused_in_a_short_sentence(tmp_path, column, digits):
+    """400 digits are more than a float holds, 5000 more than Python turns into text."""
+    values = ["9" * digits, 10**digits]
+    found = problems([{"prompt": "x", "width": 16, "height": 16, column: value} for value in values], tmp_path)
+    assert [row for row, _ in found] == [1, 2]
+    assert all(sentence.startswith(f"{column}: ") and len(sentence) < 140 for _, sentence in found)
+
+
+def test_values_that_json_does_not_know_are_shown(tmp_path):
+    (only,) = problems([{"prompt": "x", "eta": float("inf")}], tmp_path)
+    assert only == (1, "eta: inf is no finite number, text, true or false, or a list of these.")
 
 
 def test_one_side_is_no_size(tmp_path):
@@ -163,6 +180,10 @@ def test_damaged_lists(tmp_path, name, text, row, words):
     [
         ("a.xlsx", "x", "no list that is known"),
         ("a.csv", b"prompt\n\xff\xfe\n", "UTF-8"),
+        ("a.csv", "prompt,seed\nx,1\n".encode("utf-16"), "UTF-8"),
+        ("a.csv", "prompt,seed\nx,1\n".encode("utf-16-le"), "UTF-8: it holds NUL"),
+        ("a.txt", "a red dot\n".encode("utf-16-be"), "UTF-8: it holds NUL"),
+        ("a.jsonl", b'{"prompt": "x"}\0\n', "UTF-8: it holds NUL"),
         ("a.csv", "prompt,prompt\nx,y\n", "twice"),
         ("a.csv", 'prompt\n"x\n', "line"),
         ("a.csv", "prompt\n", "no rows"),

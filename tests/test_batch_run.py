@@ -16,9 +16,12 @@ from PIL import Image
 import diffaccel
 from diffaccel import GuidanceInterval, Recipe, TokenMerging, metadata
 from diffaccel.batch import BatchError, BatchProgress, BatchSettings, estimate, plan_batch, run_batch
+from diffaccel.batch.arguments import converted
 from diffaccel.batch.calls import Caller
+from diffaccel.batch.claims import Claims, Member
 from diffaccel.batch.manifest import read_manifest
 from diffaccel.batch.pictures import user_comment
+from diffaccel.batch.state import Journal
 from diffaccel.output import OutputError
 
 SETTINGS = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0, "size": (16, 16)}
@@ -30,8 +33,12 @@ def pipe():
     return fast_pipe()
 
 
+def planned(folder, rows=ROWS, **settings):
+    return plan_batch(rows, folder, BatchSettings(**{**SETTINGS, **settings}))
+
+
 def run(rows, folder, pipe, on_progress=None, should_stop=None, **settings):
-    plan = plan_batch(rows, folder, BatchSettings(**{**SETTINGS, **settings}))
+    plan = planned(folder, rows, **settings)
     return run_batch(plan, pipe, on_progress=on_progress, should_stop=should_stop)
 
 
@@ -133,6 +140,49 @@ def test_unknown_columns_are_refused_unless_told(pipe, tmp_path):
     assert "artist" in report.notes[0]
 
 
+def test_arguments_are_compared_with_the_pipelines_annotations(pipe, tmp_path):
+    """Each of these took the list's whole time to fail row by row; `kwargs` was even taken and ignored."""
+    wrong = {
+        "clip_skip": ("abc", "clip_skip of StableDiffusionPipeline is a whole number, not 'abc'."),
+        "guidance_rescale": ("much", "guidance_rescale of StableDiffusionPipeline is a number, not 'much'."),
+        "eta": (True, "eta of StableDiffusionPipeline is a number, not True."),
+        "timesteps": ([1, "x"], "timesteps of StableDiffusionPipeline is a list, not [1, 'x']."),
+        "callback_on_step_end": (
+            "f",
+            "callback_on_step_end of StableDiffusionPipeline cannot be given in a list of rows",
+        ),
+        "latents": ([0.0], "latents of StableDiffusionPipeline cannot be given in a list of rows"),
+    }
+    rows = [{"prompt": "x", name: value} for name, (value, _) in wrong.items()]
+    with pytest.raises(BatchError) as found:
+        run([{"prompt": "fine"}, *rows], tmp_path / "out", pipe)
+    assert [problem.row for problem in found.value.problems] == [2, 3, 4, 5, 6, 7]
+    for problem, (_, sentence) in zip(found.value.problems, wrong.values(), strict=True):
+        assert problem.sentence.startswith(sentence)
+    for name in ("self", "kwargs"):
+        with pytest.raises(BatchError, match=f"'{name}' is no column"):
+            run([{"prompt": "x", name: 1}], tmp_path / "out", pipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_become_what_the_annotation_says():
+    class Pipe:
+        def __call__(self, size: tuple[int, int] | None, skip: int | None, scale: float | list[float], free=None): ...
+
+    def found(name, value):
+        return converted(Pipe(), name, value)
+
+    assert found("size", [512, 768.0]) == (512, 768)
+    assert type(found("size", [1, 2])) is tuple  # Stable Diffusion XL adds it to other tuples
+    assert (found("skip", 2.0), type(found("skip", 2.0))) == (2, int)  # a table with an empty cell holds 2.0
+    assert (found("scale", 1), found("scale", [1, 0.5])) == (1, [1, 0.5])
+    assert found("free", {"any": 1}) == {"any": 1}
+    assert found("skip", None) is None
+    for name, value in (("skip", 2.5), ("skip", True), ("size", 512), ("scale", "x"), ("scale", [[1]])):
+        with pytest.raises(BatchError, match=f"^{name} of Pipe"):
+            found(name, value)
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,12 +264,24 @@ def test_a_full_disk_ends_the_batch_with_a_reason(pipe, tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises((OutputError, OSError), match=r"(?i)no space left"):
+    with pytest.raises(OutputError, match=r"^Cannot write .*: no space left on device\.$"):
         run(ROWS, tmp_path, pipe)
     monkeypatch.setattr(os, "fsync", real)
     assert len(pictures(tmp_path)) < 5
     assert run(ROWS, tmp_path, pipe).exit_code == 0
     assert len(pictures(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(("place", "name"), [(Journal, "append"), (Claims, "try_claim"), (Member, "_write")])
+def test_whatever_the_disk_refuses_is_one_sentence(pipe, tmp_path, monkeypatch, place, name):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place, name, refuse)
+    with pytest.raises(OutputError, match=rf"^Cannot write to {tmp_path}: no space left on device\.$"):
+        run(ROWS, tmp_path, pipe)
+    monkeypatch.undo()
+    assert run(ROWS, tmp_path, pipe).exit_code == 0
 
 
 # -- progress and stopping --------------------------------------------------------------------------------------------
@@ -271,9 +333,9 @@ def test_a_changed_list_is_noticed(pipe, tmp_path):
         run(ROWS, tmp_path, pipe, recipe="balanced")
     with pytest.raises(BatchError, match="2 rows fewer"):
         run(ROWS[:3], tmp_path, pipe, on_change="extend")
-    with pytest.raises(BatchError, match="1 rows more"):
+    with pytest.raises(BatchError, match="1 row more"):
         run([*ROWS, {"prompt": "x"}], tmp_path, pipe)
-    with pytest.raises(BatchError, match="stored as"):
+    with pytest.raises(BatchError, match="stored as png files, not as png in shards of 2;"):
         run(ROWS, tmp_path, pipe, shards=2)
     with pytest.raises(BatchError, match="rows differ"):
         run([ROWS[1], ROWS[0], *ROWS[2:], {"prompt": "x"}], tmp_path, pipe, on_change="extend")
@@ -326,9 +388,27 @@ def test_a_lost_picture_is_made_again(pipe, tmp_path):
     before = pictures(tmp_path)
     (tmp_path / "000002-a-red-square-1.png").unlink()
     (tmp_path / "000004-a-red-square-3.png").write_bytes(b"cut off")
+    assert planned(tmp_path).kept == 3  # what a dry run says is there
     report = run(ROWS, tmp_path, pipe)
     assert (report.made, report.skipped) == (2, 3)
+    assert planned(tmp_path).kept == 5
     assert all(np.array_equal(pictures(tmp_path)[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("shards", [0, 5])
+def test_the_manifest_has_the_hash_of_the_picture_that_is_there(pipe, tmp_path, shards):
+    """A picture made again has a second record, of the same size if the seconds in its metadata have as many digits."""
+    assert run(ROWS, tmp_path, pipe, shards=shards).exit_code == 0
+    (journal,) = (tmp_path / ".diffaccel" / "journal").iterdir()
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    for name in (
+        "0-before.jsonl",
+        "zz-after.jsonl",
+    ):  # of the pictures that were lost, read before and after the others
+        lost = [{**record, "sha256": name} for record in records]
+        (journal.parent / name).write_text("".join(f"{json.dumps(record)}\n" for record in lost))
+    assert run(ROWS, tmp_path, pipe, shards=shards).made == 0
+    assert [entry["sha256"] for entry in entries(tmp_path)] == [record["sha256"] for record in records]
 
 
 def test_files_of_others_are_not_replaced(pipe, tmp_path):
@@ -336,6 +416,41 @@ def test_files_of_others_are_not_replaced(pipe, tmp_path):
     with pytest.raises(BatchError, match=r"row 1: .*exists already"):
         run(ROWS, tmp_path, pipe)
     assert os.listdir(tmp_path) == ["000001-A-RED-square-0.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("manifest.jsonl", {}),
+        ("Manifest.parquet", {"manifest": "parquet"}),
+        ("contact-sheet.png", {"contact_sheet": True}),
+    ],
+)
+def test_a_strangers_manifest_or_sheet_is_not_replaced(pipe, tmp_path, name, settings):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(BatchError, match=r"(?i) exists already"):
+        run(ROWS, tmp_path, pipe, **settings)
+    assert (tmp_path / name).read_text() == "precious"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_list_is_never_replaced_by_its_manifest(pipe, tmp_path):
+    source = tmp_path / "manifest.jsonl"
+    source.write_text('{"prompt": "mine"}\n')
+    for change in ("refuse", "overwrite"):
+        with pytest.raises(BatchError, match="the list itself"):
+            run(source, tmp_path, pipe, on_change=change)
+    assert source.read_text() == '{"prompt": "mine"}\n'
+    assert run(source, tmp_path, pipe, manifest="parquet").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("below", "words"), [("file", "file is a file"), ("file/a/b", "file is a file"), ("x" * 300, "name too long")]
+)
+def test_places_that_are_no_folders_are_one_sentence(tmp_path, below, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(BatchError, match=words):
+        planned(tmp_path / below)
 
 
 def test_links_in_the_output_folder_lead_nowhere(pipe, tmp_path):
@@ -347,7 +462,7 @@ def test_links_in_the_output_folder_lead_nowhere(pipe, tmp_path):
     (folder / ".diffaccel").unlink()
     (outside / "victim").write_text("precious")
     (folder / "manifest.jsonl").symlink_to(outside / "victim")
-    assert run(ROWS[:1], folder, pipe).exit_code == 0
+    assert run(ROWS[:1], folder, pipe, on_change="overwrite").exit_code == 0
     assert (outside / "victim").read_text() == "precious"
     assert os.listdir(outside) == ["victim"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffaccel.batch.arguments import converted, possible_arguments
 from diffaccel.batch.fields import Row, is_prompt
 from diffaccel.batch.plan import BatchPlan, Group
 from diffaccel.batch.settings import BatchError, RowProblem
@@ -43,7 +43,7 @@ class Caller:
 
     def check(self) -> None:
         """Raise `BatchError` with the rows whose recipe, size or arguments this pipeline cannot take."""
-        known = set(inspect.signature(type(self.pipe).__call__).parameters)
+        known = possible_arguments(self.pipe)
         given = {name for group in self.plan.groups for name, _ in group.extras}
         unknown = sorted(given - known)
         if unknown and self.plan.settings.ignore_unknown_columns:
@@ -65,7 +65,7 @@ class Caller:
         try:
             self.wrapped(group.recipe)
             check_size(self.pipe, group.size)
-            self.arguments([self.plan.rows[group.rows[0]]])
+            self.arguments([self.plan.rows[group.rows[0]]])  # and the values of its further arguments
         except DiffaccelError as error:
             for index in group.rows:
                 yield RowProblem(index + 1, str(error))
@@ -81,7 +81,11 @@ class Caller:
             if name in self._left_out:
                 continue
             texts = [dict(row.extras)[name] for row in rows]
-            arguments[name] = [json.loads(text) for text in texts] if is_prompt(name) else json.loads(value)
+            arguments[name] = (
+                [json.loads(text) for text in texts]
+                if is_prompt(name)
+                else converted(self.pipe, name, json.loads(value))
+            )
         return arguments
 
     def _settings(self, row: Row) -> Settings:

@@ -55,6 +55,7 @@ class Member:
         self._stop = threading.Event()
         self._seen: dict[str, tuple[str | None, float]] = {}
         self._met: set[str] = {self.name}
+        self._beating: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="diffaccel-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -92,16 +93,27 @@ class Member:
                     path.unlink()
 
     def others(self) -> list[str]:
-        """What the other living workers of the folder work on, one entry each."""
+        """Names of the other workers of the folder that may be alive."""
         names = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
-        alive = [name for name in names if name != self.name and self.is_alive(name)]
-        return [self._work_of(name) for name in alive]
+        return [name for name in names if name != self.name and self.is_alive(name)]
 
-    def _work_of(self, name: str) -> str:
+    def strangers(self) -> list[str]:
+        """Those of them that work on something else, or on the same cut into other pieces."""
+        return [name for name in self.others() if self._card_of(name).get("work") != self.work]
+
+    def is_surely_alive(self, name: str) -> bool:
+        """Whether its process runs on this machine, or its counter was seen moving. Until then it may be a dead one's card."""
+        card = self._card_of(name)
+        machine, start = card.get("machine"), card.get("start")
+        here = bool(machine and start) and machine == self.card["machine"]
+        return name in self._beating or (here and process_start(int(card.get("pid", 0))) == start)
+
+    def _card_of(self, name: str) -> dict[str, Any]:
         try:
-            return str(json.loads((self.folder / name).read_text())["work"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            card = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return card if isinstance(card, dict) else {}
 
     def met(self, name: str) -> bool:
         """Whether this worker was alive at some time since we started: its failures belong to this run."""
@@ -135,6 +147,8 @@ class Member:
         last, since = self._seen.get(name, (None, now))
         if text != last:
             self._seen[name] = (text, now)
+            if last is not None:
+                self._beating.add(name)
             return True
         return now - since < self.lease
 

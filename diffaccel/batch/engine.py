@@ -5,8 +5,9 @@ The same code runs alone, beside other processes on the same folder, and inside 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffaccel.batch.settings import BatchError, BatchFailure, BatchProgress, Ba
 from diffaccel.batch.state import Store
 from diffaccel.batch.tally import Tally
 from diffaccel.batch.writer import Made, Writer
+from diffaccel.output import OutputError
 
 OnProgress = Callable[[BatchProgress], None]
 
@@ -56,7 +58,10 @@ def run_batch(
     pipeline = identity(caller.pipe, caller.wrapped("").recipe.to_dict() if _needs_own(plan) else {})
     store = Store(plan.output)
     store.create()
-    with Member(store.workers, plan.settings.lease, plan.digest(pipeline)) as member:
+    with (
+        _disk_errors(plan.output),
+        Member(store.workers, plan.settings.lease, plan.digest(pipeline)) as member,
+    ):
         prepare(plan, store, member, pipeline)
         worker = Worker(plan, caller, store, member, pipeline)
         try:
@@ -64,6 +69,15 @@ def run_batch(
         finally:
             worker.close()
         return worker.report()
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """What the disk refuses to journals, claims and signs of life, as a sentence; pictures have their own."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"Cannot write to {output}: {(error.strerror or str(error)).lower()}.") from error
 
 
 def finish_batch(plan: BatchPlan, *, on_progress: OnProgress | None = None) -> BatchReport:
@@ -76,7 +90,10 @@ def finish_batch(plan: BatchPlan, *, on_progress: OnProgress | None = None) -> B
     saved = store.saved()
     if saved is None or find_change(plan, saved) != "same":
         raise BatchError(f"{plan.output} does not hold this batch.")
-    with Member(store.workers, plan.settings.lease, plan.digest(saved.pipeline)) as member:
+    with (
+        _disk_errors(plan.output),
+        Member(store.workers, plan.settings.lease, plan.digest(saved.pipeline)) as member,
+    ):
         tally = Tally(plan, store, member, saved.pipeline, old_failures=True)
         claims = Claims(store.claims / plan.digest(saved.pipeline), member)
         finisher = Finisher(plan, store, claims, member, tally)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ OWN = {
 }
 LARGEST_SIDE, MOST_STEPS, LARGEST_SEED = 32_768, 10_000, 2**53
 KEY_LENGTH = 20  # hex digits of SHA-256
+SHOWN = 60  # characters of a wrong value in its message
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class _Cells:
 
     def _name(self, value: Any) -> str:
         try:
-            return checked_name(_text(value), self.settings.format, in_shards=self.settings.shards > 0)
+            return checked_name(_string(value), self.settings.format, in_shards=self.settings.shards > 0)
         except _Wrong:
             raise
         except ValueError as error:
@@ -255,9 +257,18 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _text(value: Any) -> str:
+def _shown(value: Any) -> str:
+    """A value for a message: long ones are cut, and numbers too long for Python to print are described."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise _Wrong(f"it must be text, not {value!r}")
+        raise _Wrong(f"it must be text, not {_shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -265,32 +276,40 @@ def _text(value: Any) -> str:
     return value
 
 
-def _number(value: Any) -> float:
+def _text(value: Any) -> str:
+    if "\0" in _string(value):
+        raise _Wrong("it holds a NUL character")
+    return str(value)
+
+
+def _number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise _Wrong(f"{value!r} is not a number")
+        raise _Wrong(f"{_shown(value)} is not a number")
+    if not isinstance(value, str):
+        return value
     try:
-        return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else float(value)
-    except (ValueError, OverflowError) as error:
-        raise _Wrong(f"{value!r} is not a number") from error
+        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    except ValueError as error:
+        raise _Wrong(f"{_shown(value)} is not a number") from error
 
 
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
-        number = value if isinstance(value, int) and not isinstance(value, bool) else _number(value)
-        if not math.isfinite(number) or number != int(number):
-            raise _Wrong(f"{value!r} is not a whole number")
+        number = _number(value)
+        if isinstance(number, float) and not number.is_integer():
+            raise _Wrong(f"{_shown(value)} is not a whole number")
         if not low <= number <= high:
-            raise _Wrong(f"{value!r} is not between {low} and {high}")
+            raise _Wrong(f"{_shown(value)} is not between {low} and {high}")
         return int(number)
 
     return read
 
 
 def _scale(value: Any) -> float:
-    number = float(_number(value))
-    if not math.isfinite(number) or number < 0:
-        raise _Wrong(f"{value!r} is not a guidance scale of 0 or more")
-    return number
+    number = _number(value)
+    if not 0 <= number <= sys.float_info.max:
+        raise _Wrong(f"{_shown(value)} is not a guidance scale of 0 or more")
+    return float(number)
 
 
 def is_prompt(name: str) -> bool:
@@ -312,4 +331,4 @@ def _argument(name: str, value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _Wrong(f"{type(value).__name__} cannot be stored as JSON") from error
+        raise _Wrong(f"{_shown(value)} is no finite number, text, true or false, or a list of these") from error

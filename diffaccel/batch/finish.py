@@ -105,9 +105,8 @@ class Finisher:
             elif row.index in failures:
                 failed = {"row": row.number, "status": "failed", "error": failures[row.index]}
                 records.append({**failed, "prompt": row.prompt, "seed": row.seed})
-        kind = self.plan.settings.manifest
-        path = self.plan.output / f"manifest.{kind}"
-        self.store.publish(path, encode_manifest(records, kind), self.member.name)
+        path = self.plan.manifest
+        self.store.publish(path, encode_manifest(records, self.plan.settings.manifest), self.member.name)
         sync_folder(path.parent)
         self.manifest = path
 
@@ -115,7 +114,7 @@ class Finisher:
         shown = [index for index in range(len(self.plan.rows)) if index in self.tally.done][:MOST]
         pictures = [self._picture(index) for index in shown]
         content = draw_sheet([self.tally.done[index] for index in shown], pictures, len(self.tally.done))
-        self.store.publish(self.plan.output / "contact-sheet.png", content, self.member.name)
+        self.store.publish(self.plan.contact_sheet, content, self.member.name)
 
     def _picture(self, index: int) -> Image.Image:
         row = self.plan.rows[index]

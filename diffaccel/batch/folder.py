@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.claims import Claims, Member
 from diffaccel.batch.plan import BatchPlan, find_change, record_key
 from diffaccel.batch.settings import BatchError
-from diffaccel.batch.shards import names_in
 from diffaccel.batch.state import Ledger, Saved, Store
 
 SETUP = "setup"
@@ -22,12 +21,17 @@ def prepare(plan: BatchPlan, store: Store, member: Member, pipeline: str) -> Non
     """Make the folder hold this plan, or find that it does.
 
     Raises:
-        BatchError: it holds another batch and `on_change` does not allow the change, or workers are busy with that one.
+        BatchError: it holds another batch and `on_change` does not allow the change, or workers are busy with that one, or
+            with this one cut into other batches.
     """
     wanted = Saved(tuple(row.key for row in plan.rows), plan.layout, pipeline)
     claims = Claims(store.claims / SETUP, member)
     while True:
         saved = store.saved()
+        if saved is not None:
+            if saved != wanted:
+                _check_change(plan, saved, wanted)
+            _refuse_strangers(store, member, same_pictures=saved == wanted)
         if saved is not None and saved == wanted:
             store.tidy(member.is_alive)
             member.tidy()
@@ -46,12 +50,24 @@ def _change(plan: BatchPlan, store: Store, member: Member, wanted: Saved) -> Non
         return
     if saved is not None:
         _check_change(plan, saved, wanted)
-        if any(work != member.work for work in member.others()):
-            raise BatchError(
-                f"Another batch is running in {store.output}; wait for it or choose another output folder."
-            )
+        _refuse_strangers(store, member, same_pictures=False)
         _keep_only(plan, store, member, saved, wanted)
     store.save(wanted, member.name)
+
+
+def _refuse_strangers(store: Store, member: Member, *, same_pictures: bool) -> None:
+    """Raise `BatchError` if living workers divide the folder's work in another way: claims of two divisions do not meet.
+
+    The card of a worker that died with its machine looks like a living one's; it is watched for a lease before it is ignored.
+    """
+    while strangers := member.strangers():
+        if any(map(member.is_surely_alive, strangers)):
+            raise BatchError(
+                f"This batch is running in {store.output} with another batch size; use the same, or wait for it to end."
+                if same_pictures
+                else f"Another batch is running in {store.output}; wait for it or choose another output folder."
+            )
+        time.sleep(0.05)
 
 
 def _check_change(plan: BatchPlan, saved: Saved, wanted: Saved) -> None:
@@ -94,28 +110,3 @@ def _remove(store: Store, record: Mapping[str, Any], kept_shards: set[Any]) -> N
 def _unlink_plain(folder: Path, name: Any) -> None:
     if isinstance(name, str) and Path(name).name == name and not name.startswith("."):
         (folder / name).unlink(missing_ok=True)
-
-
-class Shelf:
-    """Whether recorded pictures are still there as recorded: in the folder, waiting for a shard, or in it."""
-
-    def __init__(self, plan: BatchPlan) -> None:
-        self.plan = plan
-        self._inside: dict[Path, tuple[int, frozenset[str]]] = {}
-
-    def holds(self, index: int, record: Mapping[str, Any]) -> bool:
-        """Whether the row's file exists with the recorded size."""
-        row = self.plan.rows[index]
-        path, shard = self.plan.path(row), self.plan.shard(row)
-        if path.is_file() and path.stat().st_size == record.get("bytes"):
-            return True
-        return shard is not None and row.name in self._names(shard)
-
-    def _names(self, shard: Path) -> Iterable[str]:
-        try:
-            stamp = shard.stat().st_mtime_ns
-        except OSError:
-            return ()
-        if self._inside.get(shard, (None,))[0] != stamp:
-            self._inside[shard] = (stamp, names_in(shard))
-        return self._inside[shard][1]

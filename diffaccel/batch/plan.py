@@ -14,6 +14,7 @@ from diffaccel.batch.fields import KEY_LENGTH, Row, is_prompt, parse_rows
 from diffaccel.batch.names import folded
 from diffaccel.batch.rows import read_rows
 from diffaccel.batch.settings import BatchError, BatchSettings, RowProblem
+from diffaccel.batch.shelf import Shelf
 from diffaccel.batch.state import HOME, Ledger, Saved, Store
 from diffaccel.recipe import Recipe
 
@@ -98,6 +99,16 @@ class BatchPlan:
         return self.output / f"shard-{row.index // self.settings.shards:06d}.tar"
 
     @property
+    def manifest(self) -> Path:
+        """Where the list of all pictures goes."""
+        return self.output / f"manifest.{self.settings.manifest}"
+
+    @property
+    def contact_sheet(self) -> Path:
+        """Where the sheet of small pictures goes."""
+        return self.output / "contact-sheet.png"
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What must stay the same while a folder is filled, besides the rows."""
         return {"format": self.settings.format, "shards": self.settings.shards}
@@ -133,22 +144,37 @@ def plan_batch(
     if problems or more:
         raise BatchError.of([*problems, *more])
     plan = BatchPlan(tuple(rows), recipes, settings, Path(output), "new")
-    return _against_folder(plan)
+    try:
+        if isinstance(source, (str, Path)) and plan.manifest.exists() and plan.manifest.samefile(source):
+            raise BatchError(
+                f"{source} is the list itself and would be replaced by the manifest; choose another folder."
+            )
+        return _against_folder(plan)
+    except OSError as error:
+        raise BatchError(f"{output} cannot be the output folder: {(error.strerror or str(error)).lower()}.") from error
 
 
 def _against_folder(plan: BatchPlan) -> BatchPlan:
     """The plan with what it means for the folder as it is."""
     store = Store(plan.output)
-    if plan.output.exists() and not plan.output.is_dir():
-        raise BatchError(f"{plan.output} is a file; the results need a folder.")
+    _refuse_unusable(plan.output)
     saved = store.saved()
     if saved is None:
         _refuse_foreign(plan)
         return plan
     change = find_change(plan, saved)
-    done = {record["key"] for record in Ledger(store.journals).refresh() if record.get("status") == "done"}
-    kept = sum(record_key(row, saved.pipeline) in done for row in plan.rows)
-    return replace(plan, change=change, kept=kept)
+    index, shelf = {record_key(row, saved.pipeline): row.index for row in plan.rows}, Shelf(plan)
+    done = [record for record in Ledger(store.journals).refresh() if record.get("status") == "done"]
+    known = [(index[record["key"]], record) for record in done if record["key"] in index]
+    return replace(plan, change=change, kept=len({row for row, record in known if shelf.holds(row, record)}))
+
+
+def _refuse_unusable(output: Path) -> None:
+    for folder in (output, *output.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise BatchError(f"{folder} is a file; the results need a folder.")
+            return
 
 
 def _refuse_foreign(plan: BatchPlan) -> None:
@@ -156,11 +182,10 @@ def _refuse_foreign(plan: BatchPlan) -> None:
     if plan.settings.on_change == "overwrite" or not plan.output.is_dir():
         return
     there = {folded(path.name) for path in plan.output.iterdir() if path.name != HOME}
-    problems = []
-    for row in plan.rows:
-        path = plan.shard(row) or plan.path(row)
-        if folded(path.name) in there:
-            problems.append(RowProblem(row.number, f"{path} exists already."))
+    wanted = [(row.number, plan.shard(row) or plan.path(row)) for row in plan.rows] + [(0, plan.manifest)]
+    if plan.settings.contact_sheet:
+        wanted.append((0, plan.contact_sheet))
+    problems = [RowProblem(number, f"{path} exists already.") for number, path in wanted if folded(path.name) in there]
     if problems:
         raise BatchError.of(problems)
 
@@ -187,16 +212,25 @@ def _difference(plan: BatchPlan, saved: Saved, *, grown: bool) -> str:
     new, old = [row.key for row in plan.rows], saved.rows
     hint = "choose another output folder, or let the change replace pictures (--on-change overwrite)"
     if dict(saved.layout) != plan.layout:
-        return f"{plan.output} holds a batch stored as {dict(saved.layout)}, not {plan.layout}; {hint}."
+        return f"{plan.output} holds a batch stored as {_stored(saved.layout)}, not as {_stored(plan.layout)}; {hint}."
     if grown:
         return (
-            f"The list has {len(new) - len(old)} rows more than the batch in {plan.output}; to add them, say so "
+            f"The list has {_rows(len(new) - len(old))} more than the batch in {plan.output}; to add them, say so "
             "(--on-change extend)."
         )
     changed = [number for number, (a, b) in enumerate(zip(old, new, strict=False), 1) if a != b]
     if not changed:
-        return f"The list has {len(old) - len(new)} rows fewer than the batch in {plan.output}; {hint}."
+        return f"The list has {_rows(len(old) - len(new))} fewer than the batch in {plan.output}; {hint}."
     return (
         f"The list or its settings have changed since the batch in {plan.output} was made: {len(changed)} of {len(old)} "
         f"rows differ, the first is row {changed[0]}; {hint}."
     )
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def _stored(layout: Mapping[str, Any]) -> str:
+    shards = layout.get("shards")
+    return f"{layout.get('format')} {f'in shards of {shards}' if shards else 'files'}"

@@ -53,7 +53,7 @@ def _from_mappings(source: Sequence[RawRow]) -> tuple[list[RawRow], list[RowProb
 
 
 def _read_csv(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
-    with io.StringIO(path.read_text(encoding="utf-8-sig"), newline="") as file:
+    with io.StringIO(_content(path), newline="") as file:
         lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             filled = [line for line in lines if any(cell.strip() for cell in line)]
@@ -83,7 +83,7 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _read_jsonl(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
     rows: list[RawRow] = []
     problems = []
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in _content(path).split("\n"):
         if not line.strip():
             continue
         row: Any = {}
@@ -123,8 +123,15 @@ def _read_parquet(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
 
 
 def _read_text(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+    return [{"prompt": line.strip()} for line in _content(path).split("\n") if line.strip()], []
+
+
+def _content(path: Path) -> str:
+    """The text of a file. One in UTF-16 without its mark is valid UTF-8 as well, but full of NUL characters."""
     text = path.read_text(encoding="utf-8-sig")
-    return [{"prompt": line.strip()} for line in text.split("\n") if line.strip()], []
+    if "\0" in text:
+        raise BatchError(f"{path} is not a text file in UTF-8: it holds NUL characters.")
+    return text
 
 
 _READERS: dict[str, Callable[[Path], tuple[list[RawRow], list[RowProblem]]]] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.claims import Member
-from diffaccel.batch.folder import Shelf
 from diffaccel.batch.plan import BatchPlan, record_key
 from diffaccel.batch.settings import BatchFailure, BatchProgress
+from diffaccel.batch.shelf import Shelf
 from diffaccel.batch.state import Ledger, Store
 
 REFRESH_SECONDS = 2.0
@@ -46,13 +46,22 @@ class Tally:
         self._refreshed = time.perf_counter()
         for record in self._ledger.refresh():
             index = self._index.get(record["key"])
-            if index is None or index in self.done:
+            if index is None:
                 continue
             if record.get("status") == "done":
-                if self._shelf.holds(index, record):
+                if self._describes(index, record):
                     self.done[index] = record
+            elif index in self.done:
+                continue
             elif self._counts(str(record.get("worker"))):
                 self._failed[index] = str(record.get("error", ""))
+
+    def _describes(self, index: int, record: Mapping[str, Any]) -> bool:
+        """Whether a record is that of the row's picture. One that was lost and made again has two, perhaps of one size."""
+        known = self.done.get(index)
+        if known is None:
+            return self._shelf.holds(index, record)
+        return known.get("sha256") != record.get("sha256") and self._shelf.digest(index) == record.get("sha256")
 
     def _counts(self, worker: str) -> bool:
         """Whether a worker's failures belong to this run; rows that failed in an earlier one are tried again."""
