@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels.registration import register
-from diffaccel.kernels.triton_support import Tile, tl, triton
+from diffaccel.kernels.triton_support import Tile, rows_contiguous, tl, triton
 
 _FAVOURED = 1 << 31  # cosines, as ordered integers moved above 0, lie below this
 
@@ -110,10 +110,15 @@ LIST_TILE = Tile(rows=16, columns=256, warps=4, stages=1)
 
 @triton.jit
 def _keys(best_ptr, favoured_ptr, position, ok, FAVOURED: tl.constexpr):
-    """Order-preserving integers of the scores, favoured ones above all others; -2**40 where there is no score."""
+    """Order-preserving integers of the scores, favoured ones above all others; -2**40 where there is no score.
+
+    Scores below -2 and NaN, which features that overflowed give, count as -2: with keys under the range of the search
+    fewer tokens than `removed` would be found, and rows written behind the end of `kept`.
+    """
     score = tl.load(best_ptr + position, mask=ok, other=0.0) + 0.0
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
+    key = tl.maximum(key, -1073741824)
     if FAVOURED:
         first = tl.load(favoured_ptr + position, mask=ok, other=0)
         key = tl.where(first != 0, key + 2147483648, key)
@@ -237,12 +242,13 @@ def _slot_map_triton(
     best: Tensor, index: Tensor, sources: Tensor, destinations: Tensor, removed: int, favoured: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _require_sources(best, removed)
+    best, index, sources, destinations = (rows_contiguous(x) for x in (best, index, sources, destinations))
     batch, count = best.shape
     tokens = count + destinations.shape[1]
     slot = torch.empty(batch, tokens, dtype=torch.int32, device=best.device)
     kept = torch.empty(batch, tokens - removed, dtype=torch.int32, device=best.device)
     merged = torch.empty(batch, tokens, dtype=torch.int8, device=best.device)
-    first = best if favoured is None else favoured.to(torch.int8)
+    first = best if favoured is None else rows_contiguous(favoured.to(torch.int8))
     slot_map_kernel[(batch,)](
         best,
         index,
@@ -268,6 +274,7 @@ def _slot_map_triton(
 
 
 def _member_lists_triton(slot: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    slot = rows_contiguous(slot)
     batch, tokens = slot.shape
     start = torch.empty(batch, kept + 1, dtype=torch.int32, device=slot.device)
     members = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)

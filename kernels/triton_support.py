@@ -121,6 +121,11 @@ def tiles(table: TileTable, size: int, capability: tuple[int, int]) -> Tile:
     return table[newest, min(key[1] for key in fitting if key[0] == newest)]
 
 
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if its last stride is not 1; kernels take any other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def interpreted_upcast() -> bool:
     """Value of a kernel's `UP` flag: the interpreter multiplies bfloat16 bit patterns, so operands go to float32."""
     return INTERPRETED

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
-from kernel_harness import far_tensor, harden
+from kernel_harness import every_second, far_tensor, harden
 
 from diffaccel.errors import Unsupported
 from diffaccel.kernels import slot_map as module
@@ -79,6 +81,28 @@ def test_selection_is_exact_where_scores_are_equal():
         assert sorted(select_best(score, count)[0].nonzero().flatten().tolist()) == sorted(want)
     unloved = torch.tensor([[False, False, False, False, False, True, False]])
     assert select_best(score, 1, unloved)[0].nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x00400000, 0x7F800000, -0x00800000], ids=["nan", "-nan", "inf", "-inf"])
+def test_scores_that_overflowed_merge_as_many_as_asked(bits):
+    """Otherwise the kernel would write rows behind the end of its output."""
+    best, index, sources, destinations, _ = problem(2, 48, 16)
+    best[0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    best[1, :40] = best[0, :40]
+    for got in (slot_map, functools.partial(harden, slot_map)):
+        slot, kept = got(best, index, sources, destinations, 20, None)
+        assert kept.diff().min() > 0
+        assert torch.equal(slot.gather(1, kept.long()), torch.arange(44, dtype=torch.int32).expand(2, -1))
+
+
+def test_lists_of_any_stride():
+    *inputs, first = problem(2, 48, 16, favoured=True)
+    want = slot_map(*inputs, 20, first)
+    with force_triton():
+        got = slot_map(*(every_second(x) for x in inputs), 20, every_second(first))
+        lists = member_lists(every_second(want[0]), 44)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(lists, member_lists(want[0], 44), strict=True))
 
 
 @pytest.mark.parametrize("removed", [-1, 49])
