@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels.registration import register
-from diffaccel.kernels.triton_support import Tile, capability, interpreted_upcast, tiles, tl, triton
+from diffaccel.kernels.triton_support import Tile, capability, interpreted_upcast, rows_contiguous, tiles, tl, triton
 
 _SIMILARITIES = 2**26  # entries of one similarity matrix on the torch path; more sources than that are done in parts
 _SMALL = 2**14  # entries below which all rows of the batch (tiles of a picture) are one batched product
@@ -200,7 +200,7 @@ def launch_inverse_norms(tokens: Tensor) -> Tensor:
 
 def _match_tokens_triton(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     tile = tiles(TILES, tokens.element_size(), capability(tokens))
-    tokens = tokens if tokens.stride(2) == 1 else tokens.contiguous()
+    tokens, sources, destinations = (rows_contiguous(x) for x in (tokens, sources, destinations))
     batch, count, channels = tokens.shape
     found, row_programs = destinations.shape[1], triton.cdiv(sources.shape[1], tile.rows)
     splits = min(triton.cdiv(_PROGRAMS, max(row_programs * batch, 1)), triton.cdiv(found, tile.columns), 4)
@@ -239,6 +239,11 @@ def _match_tokens_triton(tokens: Tensor, sources: Tensor, destinations: Tensor) 
     return value, index.gather(0, winner[None])[0]
 
 
+def _supported(tokens: Tensor, *lists: Tensor) -> bool:
+    """Floats that the tiles know; the batch lies on a short axis of the grid."""
+    return tokens.dtype in (torch.float16, torch.bfloat16, torch.float32) and tokens.shape[0] <= 65_535
+
+
 def _match_tokens_fake(tokens: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     shape = (tokens.shape[0], sources.shape[1])
     return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int32)
@@ -253,5 +258,6 @@ match_tokens: Any = register(
     _match_tokens_torch,
     fake=_match_tokens_fake,
     triton_path=_match_tokens_triton,
+    supported=_supported,
     flops=_match_tokens_flops,
 )

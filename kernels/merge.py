@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.kernels.registration import register
-from diffaccel.kernels.triton_support import Tile, capability, tiles, tl, triton
+from diffaccel.kernels.triton_support import Tile, capability, rows_contiguous, tiles, tl, triton
 
 
 def merge_tokens_oracle(
@@ -231,10 +231,6 @@ def unmerge_tokens_kernel(
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _merge_tokens_triton(
     x: Tensor,
     start: Tensor,
@@ -244,7 +240,8 @@ def _merge_tokens_triton(
     shift: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    x = _rows_contiguous(x)
+    x, start, members = (rows_contiguous(tensor) for tensor in (x, start, members))
+    weight, scale, shift = (None if t is None else rows_contiguous(t) for t in (weight, scale, shift))
     batch, _, channels = x.shape
     kept = start.shape[1] - 1
     width = channels if eps is not None else min(channels, _MERGE_COLUMNS)
@@ -289,8 +286,8 @@ def _row_stride(vector: Tensor | None) -> int:
 def _unmerge_tokens_triton(
     y: Tensor, slot: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
-    y = _rows_contiguous(y)
-    residual = None if residual is None else _rows_contiguous(residual)
+    y, slot = rows_contiguous(y), rows_contiguous(slot)
+    residual, gate = (None if t is None else rows_contiguous(t) for t in (residual, gate))
     batch, tokens, channels = y.shape[0], slot.shape[1], y.shape[2]
     tile = tiles(UNMERGE_TILES, channels, capability(y))
     columns = min(tile.columns, triton.next_power_of_2(channels))

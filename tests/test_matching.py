@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, CONSUMER, Variant, assert_fits, compile_variants
-from kernel_harness import DTYPES, far_tensor, harden
+from kernel_harness import DTYPES, every_second, far_tensor, harden
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel.errors import Unsupported
@@ -116,6 +116,16 @@ def test_views():
             kernel = match_tokens(view, *lists)
         for got in (match_tokens(view, *lists), kernel):
             assert torch.equal(got[1], want[1].expand(3, -1))
+    with force_triton():
+        assert torch.equal(match_tokens(tokens, every_second(sources), every_second(destinations))[1], want[1])
+
+
+def test_what_has_no_kernel_takes_the_torch_path():
+    tokens = torch.zeros(1, 4, 16)
+    with force_triton():
+        assert match_tokens.path(tokens) == "triton"
+        assert match_tokens.path(tokens.double()) == "torch"
+        assert match_tokens.path(tokens.expand(65_536, -1, -1)) == "torch"  # more than an axis of the grid holds
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
-from kernel_harness import DTYPES, assert_accurate, far_tensor, harden
+from kernel_harness import DTYPES, assert_accurate, every_second, far_tensor, harden
 from torch.nn import functional as F
 
 from diffaccel.errors import Unsupported
@@ -122,6 +122,17 @@ def test_views():
         for got in (kernel, merge_tokens(view, start, members)):
             assert_accurate(got, want, "fp32")
         assert_accurate(back, unmerge_tokens_oracle(view[:, :12], slot, view), "fp32")
+
+
+def test_lists_and_factors_of_any_stride():
+    slot, start, members = maps(2, 30, 12)
+    x, weight, scale, shift = noise(2, 30, 16), noise(2, 30).abs() + 0.1, noise(2, 16), noise(2, 16)
+    factors = weight, scale, shift
+    with force_triton():
+        merged = merge_tokens(x, *(every_second(t) for t in (start, members, *factors)), 1e-5)
+        back = unmerge_tokens(x[:, :12], every_second(slot), x, every_second(scale))
+    assert_accurate(merged, merge_tokens_oracle(x, start, members, *factors, 1e-5), "fp32")
+    assert_accurate(back, unmerge_tokens_oracle(x[:, :12], slot, x, scale), "fp32")
 
 
 @pytest.mark.parametrize("dimension", [0, 1])
