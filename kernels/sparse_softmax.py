@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.utils.flop_counter import sdpa_flop_count
 
 from diffaccel.kernels.registration import register
-from diffaccel.kernels.triton_support import Tile, capability, interpreted_upcast, power_of_two, tiles, tl, triton
+from diffaccel.kernels.triton_support import (
+    INTERPRETED,
+    Tile,
+    capability,
+    interpreted_upcast,
+    power_of_two,
+    rows_contiguous,
+    tiles,
+    tl,
+    triton,
+)
 
 MOST_KEYS = 512  # of the kernel
 _STEPS, _STEPS_LONG = 10, 12  # Newton steps; random rows of 512 keys need 9 to reach 1e-6, rows of 4096 need 10
@@ -253,6 +263,7 @@ def _sparse_softmax_triton(
     settings, tile = constants(size, keys, alpha, biased=bias is not None, at=capability(query))
     grid = (triton.cdiv(queries, tile.rows) * batch * heads,)
     strides = [tensor.stride(d) for tensor in (query, key, value) for d in range(3)]
+    bias = None if bias is None else rows_contiguous(bias)
     strides += [0 if bias is None else bias.stride(0), *out.stride()[:3]]
     added = query if bias is None else bias
     _sparse_softmax_kernel[grid](
@@ -262,7 +273,10 @@ def _sparse_softmax_triton(
 
 
 def _supported(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **settings: Any) -> bool:
+    """float32 has no tensor cores of full precision: threads spill kilobytes, and two tiles outgrow a GPU's shared memory."""
     keys, size = key.shape[2:]
+    if query.dtype not in (torch.float16, torch.bfloat16, *((torch.float32,) if INTERPRETED else ())):
+        return False
     if not 1 <= keys <= MOST_KEYS or not size == value.shape[3] <= 256:
         return False
     fits = power_of_two(keys) * pieces(size)[0] * key.element_size() <= _MOST_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
-from kernel_harness import DTYPES, assert_accurate, assert_no_worse, errors, far_tensor, harden
+from kernel_harness import DTYPES, assert_accurate, assert_no_worse, errors, every_second, far_tensor, harden
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,6 +195,14 @@ def test_views_are_read_in_place():
     assert_accurate(sparse_softmax(q, k, v), reference(q, k, v), "fp32")
 
 
+def test_a_bias_of_any_stride():
+    q, k, v = made(2, 1, 9, 33, 16)
+    bias = torch.randn(2, 33)
+    with force_triton():
+        got = sparse_softmax(q, k, v, every_second(bias))
+    assert_accurate(got, reference(q, k, v, bias), "fp32")
+
+
 @pytest.mark.parametrize("dimension", [0, 1, 2])
 def test_tensors_beyond_2_31_numbers(dimension):
     """Offsets past the range of 32 bits, in every stride of query, key and value."""
@@ -222,7 +230,7 @@ def test_pieces_of_heads(size, split):
     assert pieces(size) == split
 
 
-def test_what_has_no_kernel_takes_the_torch_path():
+def test_what_has_no_kernel_takes_the_torch_path(monkeypatch):
     q, k, v = made(1, 1, 4, 600, 16)
     with force_triton():
         assert _operator.path(q, k, v, None) == "torch"
@@ -230,6 +238,9 @@ def test_what_has_no_kernel_takes_the_torch_path():
         wide = made(1, 1, 4, 512, 128)
         assert _operator.path(*wide, None) == "torch"  # more than fits a GPU's shared memory
         assert _operator.path(q.transpose(2, 3), k[:, :, :8], v[:, :, :8], None) == "torch"
+        monkeypatch.setattr(file, "INTERPRETED", False)  # float32 spills, and needs more shared memory than GPUs have
+        assert _operator.path(q, k[:, :, :77], v[:, :, :77], None) == "torch"
+        assert _operator.path(*(x[:, :, :77].half() for x in (q, k, v)), None) == "triton"
 
 
 @pytest.mark.parametrize("biased", [False, True])
