@@ -141,6 +141,8 @@ def dense_attention(
         query, key, value: (batch, heads, tokens, d).
         mask: additive, in the queries' dtype, broadcastable to (batch, heads, N, M).
         scale: None is 1 / sqrt(d).
+    Returns:
+        (batch, heads, tokens, d), stored as (batch, tokens, heads, d), so that merging the heads copies nothing.
     Raises:
         Unsupported: the kernel is not installed, or does not take a mask or this head size.
     """
@@ -162,12 +164,14 @@ def _dense_attention(
     """One operator for all kernels, so that FLOPs are counted whoever computes."""
     chosen = KERNELS[kernel]
     module = importlib.import_module(chosen.module) if chosen.module else None
-    return chosen.run(module, query, key, value, mask, scale)
+    out = chosen.run(module, query, key, value, mask, scale)
+    return _heads_first(out.transpose(1, 2).contiguous())  # kernels differ; compiled code relies on what the fake says
 
 
 @_dense_attention.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float, kernel: str) -> Any:
-    return torch.empty_like(query)
+    batch, heads, tokens, _ = query.shape
+    return _heads_first(query.new_empty(batch, tokens, heads, value.shape[3]))
 
 
 @register_flop_formula(torch.ops.diffaccel.dense_attention)

@@ -64,6 +64,17 @@ def test_a_kernel_computes_attention_and_says_that_it_ran(monkeypatch, name, sca
     assert counts == {"dense_attention": {name: 1}}
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("name", ["sdpa", *STAND_INS])
+def test_the_layout_of_the_result_is_the_same_for_every_kernel_and_input(monkeypatch, name, heads_first):
+    """torch.compile reads the result as the operator's fake describes it; packages store theirs tokens first."""
+    if name in STAND_INS:
+        install(monkeypatch, KERNELS[name].module, **STAND_INS[name])
+    parts = inputs() if heads_first else [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs()]
+    torch.library.opcheck(torch.ops.diffaccel.dense_attention, (*parts, None, 0.25, name))
+    assert dense_attention(*parts, kernel=name).transpose(1, 2).is_contiguous()
+
+
 def test_flash3_may_return_its_sums(monkeypatch):
     install(
         monkeypatch,
