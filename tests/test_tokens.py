@@ -12,7 +12,7 @@ from diffaccel import TokenDownsampling, TokenMerging, Unsupported
 from diffaccel.methods.token_downsampling import average_tokens, nearest_tokens
 from diffaccel.methods.token_maps import SlotMap, matched_map
 from diffaccel.methods.token_matchers import guidance_importance, important_destinations, window_destinations
-from diffaccel.methods.tokens import Verdict, grid, measuring_device
+from diffaccel.methods.tokens import Verdict, grid, measuring_device, median_seconds
 from diffaccel.model_map import describe
 from diffaccel.run import Call
 
@@ -226,6 +226,16 @@ def test_measured_plan_leaves_losing_blocks_alone():
     assert first.methods["token_merging"]["tokens shortened"] == "[64]"
     assert sum("left alone" in note for note in first.notes) == 2
     assert fast.report.methods == first.methods
+
+
+def test_timing_waits_for_the_device_of_the_tensors(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    second = torch.device("cuda", 1)
+    assert median_seconds(lambda: None, second, repeats=2) >= 0
+    assert waited == [second] * 4
+    assert median_seconds(lambda: None, torch.device("cpu")) >= 0
+    assert len(waited) == 4
 
 
 def test_offloaded_weights_cannot_be_timed():

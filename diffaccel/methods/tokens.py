@@ -298,5 +298,4 @@ def median_seconds(function: Callable[[], Any], device: torch.device, repeats: i
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        accelerator: Any = torch.get_device_module(device)
-        accelerator.synchronize()
+        torch.accelerator.synchronize(device)  # this one, which need not be the current one
