@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +36,8 @@ from diffaccel.cli_support import (
 if TYPE_CHECKING:
     from diffaccel.batch import BatchPlan, BatchProgress, BatchReport
 
-SHOWN_FILES, SHOWN_FAILURES = 5, 20
+SHOWN_FILES, SHOWN_FAILURES, SHOWN_GROUPS = 5, 20, 30
+SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal to draw a bar on
 
 
 class Format(StrEnum):
@@ -141,7 +145,11 @@ def batch(
         if dry_run:
             _print_plan(plan, load())
             return
-        report = _run(plan, load, Path(model).name, engine, actors, gpus)
+        try:
+            report = _run(plan, load, Path(model).name, engine, actors, gpus)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. What is recorded is kept; the same command makes the rest.", err=True)
+            raise typer.Exit(130) from None
     if _is_first():
         _print_report(report)
     raise typer.Exit(report.exit_code)
@@ -184,7 +192,35 @@ def _run(
             return run_on_ray(plan, load, actors=actors, gpus=gpus, model=model, on_progress=on_progress)
         from diffaccel.batch import run_batch
 
-        return run_batch(plan, load(), model=model, on_progress=on_progress)
+        pipe = load()
+        with _stopped_by_signals() as should_stop:
+            return run_batch(plan, pipe, model=model, on_progress=on_progress, should_stop=should_stop)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl+C and SIGTERM end the run after the pictures that are being made; a second Ctrl+C ends it at once.
+
+    A launcher sends SIGTERM after a Ctrl+C that the workers got as well, so SIGTERM alone never interrupts a call.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)  # first of all: a second signal may interrupt what follows
+        if len(asked) == 1 and _is_first():
+            os.write(2, b"Stopping after the pictures that are being made; Ctrl+C again ends at once.\n")
+        if asked.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mine = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]  # nohup's wish stays
+    try:
+        for number in mine:
+            signal.signal(number, stop)
+        yield lambda: bool(asked)
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
 
 
 @contextlib.contextmanager
@@ -205,7 +241,7 @@ def _problems_as_lines(debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Callable[[BatchProgress], None]]:
-    """A bar on stderr with pictures per second and the time left."""
+    """A bar on stderr with pictures per second and the time left; without a terminal, a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from diffaccel.batch.estimate import in_words
@@ -214,12 +250,17 @@ def _bar(total: int) -> Iterator[Callable[[BatchProgress], None]]:
     shown = sys.stderr.isatty() and _is_first()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("pictures", total=total, speed="")
+        last = time.monotonic()
 
         def update(progress: BatchProgress) -> None:
+            nonlocal last
             failed = f", {progress.failed} failed" if progress.failed else ""
             left = "" if progress.seconds_left is None else f", {in_words(progress.seconds_left)} left"
             speed = f"{progress.pictures_per_second:.2f} pictures/s{left}{failed}"
             bar.update(task, completed=progress.done, speed=speed)
+            if not shown and _is_first() and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                typer.echo(f"{progress.done} of {progress.total} pictures, {speed}", err=True)
 
         yield update
 
@@ -229,12 +270,12 @@ def _print_plan(plan: BatchPlan, pipe: Any) -> None:
 
     found = estimate(plan, pipe)
     table = Table("group", "size", "steps", "guidance", "recipe", "arguments", "pictures", "batches")
-    for number, group in enumerate(plan.groups):
+    batches = collections.Counter(batch.group for batch in plan.batches)
+    for number, group in enumerate(plan.groups[:SHOWN_GROUPS]):
         size = "the model's" if group.size is None else f"{group.size[0]}x{group.size[1]}"
         guidance = "the pipeline's" if group.guidance_scale is None else f"{group.guidance_scale:g}"
         recipe = plan.recipes[group.recipe].name if group.recipe else "none"
         arguments = ", ".join(f"{name}={value}" for name, value in group.extras if value)
-        batches = sum(batch.group == number for batch in plan.batches)
         table.add_row(
             str(number + 1),
             size,
@@ -243,9 +284,11 @@ def _print_plan(plan: BatchPlan, pipe: Any) -> None:
             escape(recipe),
             escape(arguments),
             str(len(group.rows)),
-            str(batches),
+            str(batches[number]),
         )
     console().print(table)
+    if len(plan.groups) > SHOWN_GROUPS:
+        typer.echo(f"and {len(plan.groups) - SHOWN_GROUPS} more groups, {len(plan.batches)} batches in all")
     _print_files(plan)
     typer.echo(f"folder: {plan.output} ({plan.change}), {plan.kept} of {len(plan.rows)} pictures are there already")
     typer.echo(f"time on one worker: about {in_words(found.seconds)}, estimated from {found.source}")
@@ -281,5 +324,7 @@ def _print_report(report: BatchReport) -> None:
     if report.stopped:
         typer.echo(f"stopped early: {report.stopped}")
     if report.done < report.total:
-        typer.echo(f"{report.total - report.done} pictures are missing; the same command tries them again")
+        missing = report.total - report.done
+        words = "1 picture is" if missing == 1 else f"{missing} pictures are"
+        typer.echo(f"{words} missing; the same command tries again")
     typer.echo(report.manifest)

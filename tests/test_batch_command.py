@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,23 @@ def test_mistakes_are_listed_before_anything_is_loaded(tmp_path):
     assert run(path).exit_code == 2  # the folder is never guessed
 
 
+def test_progress_is_told_where_there_is_no_terminal(tiny_folder, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffaccel.cli_batch.SECONDS_BETWEEN_LINES", 0)
+    result = run(rows, "-o", tmp_path / "out", "-m", tiny_folder, *OPTIONS)
+    assert re.search(r"^[1-6] of 6 pictures, \d+\.\d\d pictures/s, .* left$", result.stderr, re.MULTILINE)
+    monkeypatch.undo()
+    assert "of 6 pictures," not in run(rows, "-o", tmp_path / "out", "-m", tiny_folder, *OPTIONS).stderr
+
+
+def test_a_plan_of_many_groups_is_shown_in_part(tiny_folder, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,guidance_scale\n" + "".join(f"a,{1.5 + number / 1000}\n" for number in range(1000)))
+    result = run(path, "-o", tmp_path / "out", "-m", tiny_folder, *OPTIONS, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "and 970 more groups, 1000 batches in all" in result.stdout
+    assert len(result.stdout.splitlines()) < 60
+
+
 def test_exit_code_1_if_a_row_is_missing(tiny_folder, rows, tmp_path, monkeypatch):
     from diffaccel.batch.calls import Caller
 
@@ -133,7 +151,7 @@ def test_exit_code_1_if_a_row_is_missing(tiny_folder, rows, tmp_path, monkeypatc
     assert result.exit_code == 1
     assert "5 of 6" in result.stdout
     assert "failed: row 4: ValueError: no lines today" in result.stdout
-    assert "1 pictures are missing" in result.stdout
+    assert "1 picture is missing" in result.stdout
 
 
 @pytest.mark.slow
@@ -158,6 +176,43 @@ def test_a_killed_command_continues(tiny_folder, rows, tmp_path):
     assert done.returncode == 0, done.stderr
     workers = [entry["worker"] for entry in assert_whole(out, pictures(reference))]
     assert len(set(workers)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_an_interrupted_command_says_so_and_leaves_a_manifest(tiny_folder, rows, tmp_path, number, times):
+    """Once: the pictures being made are kept and the manifest is written. Twice: at once, still with a sentence."""
+    rows.write_text("\n".join(f"prompt {number}" for number in range(4000)))
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(rows, "-m", tiny_folder, *OPTIONS, "-o", out),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("*.png")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    if times > 1:
+        assert process.stderr is not None
+        assert "Ctrl+C again" in process.stderr.readline()
+        process.send_signal(number)
+    said, complained = process.communicate(timeout=120)
+    made = len(list(out.glob("*.png")))
+    assert 0 < made < 4000
+    if times > 1:
+        assert (process.returncode, complained[:12]) in (
+            (130, "Interrupted."),
+            (1, ""),
+        )  # it may just have ended by itself
+    else:
+        assert process.returncode == 1
+        assert "Stopping after" in complained
+        assert "stopped early" in said
+        assert len(read_manifest(out / "manifest.jsonl")) == made
+    assert not list((out / ".diffaccel" / "workers").iterdir())
 
 
 @pytest.mark.slow

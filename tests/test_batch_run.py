@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -572,6 +573,27 @@ def test_estimates_say_what_they_rest_on(pipe, tmp_path):
     second = estimate(plan, pipe)
     assert second.seconds == pytest.approx(2 * made)
     assert "last run" in second.source
+
+
+def test_a_list_of_which_every_row_differs_is_estimated_from_a_few_calls(pipe, tmp_path, monkeypatch):
+    """A call for each of these kinds would take as long as the pictures."""
+    estimating = sys.modules["diffaccel.batch.estimate"]  # the function of this name shadows it
+    calls, call = [], estimating._Timing._timed
+
+    def counted(self, rows, steps):
+        calls.append([row.size for row in rows])
+        return call(self, rows, steps)
+
+    monkeypatch.setattr(estimating._Timing, "_timed", counted)
+    rows = [
+        {"prompt": "x", "guidance_scale": 1.5 + n / 100, "eta": n / 100, "width": 16 + 8 * n, "height": 16}
+        for n in range(40)
+    ]
+    found = estimate(planned(tmp_path, rows), pipe)
+    assert len(calls) == 3 * estimating.MOST_SIZES
+    assert {size for sizes in calls for size in sizes} >= {(16, 16), (328, 16)}
+    assert "of 5 of its 40 sizes" in found.source
+    assert found.seconds > 0
 
 
 def test_the_pipeline_is_stock_afterwards(pipe, tmp_path):

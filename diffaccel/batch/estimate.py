@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffaccel.batch.calls import Caller
@@ -14,6 +15,7 @@ from diffaccel.batch.plan import BatchPlan, Group
 from diffaccel.batch.state import Ledger, Store
 
 TIMED_STEPS = (1, 3)
+MOST_SIZES = 5  # timed; others by their pixels
 RECENT = 200  # pictures of the last run that count
 
 
@@ -49,7 +51,8 @@ def estimate(plan: BatchPlan, fast_or_pipe: Any, *, model: str = "") -> Estimate
         return Estimate(left * seconds, "the pictures that the last run made here")
     timing = _Timing(caller, plan)
     seconds = sum(timing.seconds(group) for group in plan.groups)
-    return Estimate(left * seconds, "timed steps without a recipe; with one it takes less")
+    part = f", of {MOST_SIZES} of its {len(timing.sizes)} sizes" if len(timing.sizes) > MOST_SIZES else ""
+    return Estimate(left * seconds, f"timed steps without a recipe{part}; with one it takes less")
 
 
 def _from_records(plan: BatchPlan, records: Sequence[dict[str, Any]]) -> list[float] | None:
@@ -71,34 +74,67 @@ def _from_records(plan: BatchPlan, records: Sequence[dict[str, Any]]) -> list[fl
 
 
 class _Timing:
-    """Times of calls by kind: a line through the times of a short and a longer call."""
+    """Times of calls by kind: a line through the times of a short and a longer call.
+
+    Values of guidance and of further arguments make no other kind, and of many sizes only some are timed: a list in which
+    every row differs would otherwise take as long to estimate as to make.
+    """
 
     def __init__(self, caller: Caller, plan: BatchPlan) -> None:
         self.caller, self.plan = caller, plan
+        self.sizes = sorted({group.size for group in plan.groups if group.size is not None}, key=_pixels)
+        self._timed_sizes = [self.sizes[at] for at in _spread(len(self.sizes))]
+        self._groups: dict[tuple[Any, ...], Group] = {}  # the one of each kind that fills a batch best
+        for group in plan.groups:
+            kind = self._kind(group)
+            if kind not in self._groups or self._together(kind, group) > self._together(kind, self._groups[kind]):
+                self._groups[kind] = group
         self._lines: dict[tuple[Any, ...], tuple[float, float]] = {}
 
     def seconds(self, group: Group) -> float:
         """Of all rows of a group."""
-        together = min(len(group.rows), self.plan.settings.batch_size)
-        kind = (group.size, together, group.guidance_scale, group.negative, group.extras)
+        kind = self._kind(group)
         if kind not in self._lines:
-            self._lines[kind] = self._measure([self.plan.rows[index] for index in group.rows[:together]])
+            self._lines[kind] = self._measure(self._groups[kind], kind[0])
         start, per_step = self._lines[kind]
-        return (start + per_step * group.steps) * len(group.rows) / together
+        scale = 1.0 if group.size is None else _pixels(group.size) / _pixels(kind[0])
+        return scale * (start + per_step * group.steps) * len(group.rows)
 
-    def _measure(self, rows: Sequence[Row]) -> tuple[float, float]:
-        """Seconds of a call beside its steps, and of a step."""
+    def _kind(self, group: Group) -> tuple[Any, ...]:
+        size = group.size
+        if size is not None:
+            size = min(self._timed_sizes, key=lambda timed: abs(math.log(_pixels(timed) / _pixels(group.size))))
+        guided = group.guidance_scale is None or group.guidance_scale > 1
+        return size, guided, group.negative, tuple(name for name, _ in group.extras)
+
+    def _together(self, kind: tuple[Any, ...], group: Group) -> tuple[bool, int]:
+        return group.size == kind[0], min(len(group.rows), self.plan.settings.batch_size)
+
+    def _measure(self, group: Group, size: tuple[int, int] | None) -> tuple[float, float]:
+        """Seconds per picture of a call beside its steps, and of a step."""
+        rows = [replace(self.plan.rows[index], size=size) for index in group.rows[: self.plan.settings.batch_size]]
         short, longer = TIMED_STEPS
         self._timed(rows, short)  # the first call of a kind also warms up
         first, second = self._timed(rows, short), self._timed(rows, longer)
         per_step = max(0.0, second - first) / (longer - short)
-        return max(0.0, first - per_step * short), per_step
+        return max(0.0, first - per_step * short) / len(rows), per_step / len(rows)
 
     def _timed(self, rows: Sequence[Row], steps: int) -> float:
         arguments = self.caller.arguments(rows) | {"num_inference_steps": steps}
         started = time.perf_counter()
         self.caller.pipe(**arguments)
         return time.perf_counter() - started
+
+
+def _pixels(size: tuple[int, int] | None) -> int:
+    return 1 if size is None else size[0] * size[1]
+
+
+def _spread(count: int) -> list[int]:
+    """At most `MOST_SIZES` of so many places, both ends among them."""
+    if count <= MOST_SIZES:
+        return list(range(count))
+    return [round(place * (count - 1) / (MOST_SIZES - 1)) for place in range(MOST_SIZES)]
 
 
 def in_words(seconds: float) -> str:
