@@ -6,7 +6,8 @@
 All variants of a case run in one process on the same inputs, in turns; a ratio is taken within a repetition. Ceilings, the
 copy bandwidth and the rate of a matrix product, are measured in the same process. On a GPU each variant is timed cold
 (caches flushed), hot (three sets of inputs in turns) and inside a CUDA graph (no launch gaps); ratios are those of the hot
-runs. A variant that fails is listed with its reason and the rest goes on.
+runs, shares of a ceiling those of the graph where there is one. A variant that fails is listed with its reason and the rest
+goes on; the files are written after every case.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from diffaccel.bench import machine, ratio, rotated, spread
 from diffaccel.kernels.registration import recording
 from diffaccel.output import write_text
 
-_FLUSH = 256 * 2**20  # bytes written between cold runs: more than any cache
+_FLUSH = 2**30  # bytes written between cold runs: more than any cache, and time for the host to launch what follows
 _LEAST = 0.02  # seconds of one measurement on a CPU
 
 
@@ -66,7 +67,7 @@ class Cpu:
             call()
         return (time.process_time() - start) / count
 
-    def extras(self, calls: Sequence[Callable[[], Any]]) -> tuple[float | None, float | None]:
+    def extras(self, calls: Sequence[Callable[[], Any]], *, graph: bool) -> tuple[float | None, float | None]:
         """Nothing besides."""
         return None, None
 
@@ -78,40 +79,57 @@ class Cuda:
         self.device, self.count = device, count
         self.flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
 
-    def _elapsed(self, work: Callable[[], Any], count: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def _turns(self, calls: Sequence[Callable[[], Any]]) -> None:
+        """The sets of inputs in turns. Results are dropped at once, so that their memory is used again."""
+        for i in range(self.count):
+            calls[i % len(calls)]()
+
+    def _elapsed(self, work: Callable[[], Any]) -> float:
+        start, end = _events()
         torch.cuda.synchronize()
         start.record()
         work()
         end.record()
         torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
+        return float(start.elapsed_time(end)) / 1e3 / self.count
 
     def hot(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Seconds of one call, the sets of inputs in turns."""
         for call in calls:
             call()
-        return self._elapsed(lambda: [calls[i % len(calls)]() for i in range(self.count)], self.count)
+        return self._elapsed(lambda: self._turns(calls))
 
-    def extras(self, calls: Sequence[Callable[[], Any]]) -> tuple[float | None, float | None]:
+    def extras(self, calls: Sequence[Callable[[], Any]], *, graph: bool) -> tuple[float | None, float | None]:
         """(cold, in a graph)."""
-        times = []
-        for i in range(self.count):
+        return self._cold(calls), self._graph(calls) if graph else None
+
+    def _cold(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """While the device still flushes, the host launches the call: no wait between, or the launch would be timed."""
+        pairs = [_events() for _ in range(self.count)]
+        for i, (start, end) in enumerate(pairs):
             self.flush.zero_()
-            times.append(self._elapsed(calls[i % len(calls)], 1))
-        return statistics.median(times), self._graph(calls)
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
 
     def _graph(self, calls: Sequence[Callable[[], Any]]) -> float | None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
-                for i in range(self.count):
-                    calls[i % len(calls)]()
-        except RuntimeError as error:  # random draws on the host and waits for the device cannot be captured
+                self._turns(calls)
+        except RuntimeError as error:  # what waits for the device cannot be captured
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own stream the current one
+            torch.cuda.synchronize()
             say(f"    no graph: {str(error).splitlines()[0]}")
             return None
         graph.replay()
-        return self._elapsed(graph.replay, self.count)
+        return self._elapsed(graph.replay)
+
+
+def _events() -> tuple[Any, Any]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -127,21 +145,28 @@ def measure(case: Case, clock: Cpu | Cuda, repeats: int) -> dict[str, Timings]:
     for repetition in range(repeats):
         for name in rotated(list(found), repetition):
             if not found[name].failed:
-                _once(found[name], [calls[name] for calls in sets], clock, first=repetition == 0)
+                graph = case.graph if repetition == 0 else None
+                _once(found[name], [calls[name] for calls in sets], clock, graph)
     return found
 
 
-def _once(timings: Timings, calls: Sequence[Callable[[], Any]], clock: Cpu | Cuda, *, first: bool) -> None:
+def _once(timings: Timings, calls: Sequence[Callable[[], Any]], clock: Cpu | Cuda, graph: bool | None) -> None:
+    """One repetition; `graph`: whether the first one also tries a graph, None in later ones."""
     try:
-        if first:
+        if graph is not None:
             with recording({}) as paths:
                 calls[0]()
             timings.path = "+".join(sorted({path for operator in paths.values() for path in operator}))
-            timings.cold, timings.graph = clock.extras(calls)
+            timings.cold, timings.graph = clock.extras(calls, graph=graph)
         timings.hot.append(clock.hot(calls))
     except Exception as error:  # noqa: BLE001  (whatever a compiler or a driver raises; the table says it)
-        timings.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        say(f"    failed: {timings.failed}")
+        timings.failed = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    say(f"    failed: {reason}")
+    return reason
 
 
 def ceilings(setting: Setting, clock: Cpu | Cuda) -> dict[str, float]:
@@ -158,11 +183,23 @@ def ceilings(setting: Setting, clock: Cpu | Cuda) -> dict[str, float]:
     return {"copy_gb_per_s": 2 * size / copying / 1e9, "gemm_tflop_per_s": 2 * side**3 / product / 1e12}
 
 
-def row(case: Case, name: str, found: dict[str, Timings], limits: dict[str, float]) -> dict[str, Any]:
+def rows_of(case: Case, clock: Cpu | Cuda, repeats: int, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """All variants of a case; one row that says why, if its inputs cannot be made."""
+    try:
+        density = None if case.density is None else case.density()
+        found = measure(case, clock, repeats)
+    except Exception as error:  # noqa: BLE001  (inputs come out of operators as well)
+        density, found = None, {"inputs": Timings(failed=_reason(error))}
+    return [row(case, name, found, limits, density) for name in found]
+
+
+def row(
+    case: Case, name: str, found: dict[str, Timings], limits: dict[str, float], density: float | None
+) -> dict[str, Any]:
     """One variant, JSON-ready."""
     timings = found[name]
     head: dict[str, Any] = {"operator": case.operator, "shape": case.shape, "variant": name, "own": name in case.own}
-    head |= {"path": timings.path, "failed": timings.failed, "density": case.density}
+    head |= {"path": timings.path, "failed": timings.failed, "density": density}
     if timings.failed:
         return head
     seconds = spread(timings.hot)
@@ -174,36 +211,38 @@ def row(case: Case, name: str, found: dict[str, Timings], limits: dict[str, floa
         head |= {
             "against": {k: vars(ratio(timings.hot, v.hot)) for k, v in found.items() if k != name and not v.failed}
         }
+    working = timings.graph or seconds.median
     if case.flops:
-        head["of_gemm"] = case.flops / seconds.median / 1e12 / limits["gemm_tflop_per_s"]
+        head["of_gemm"] = case.flops / working / 1e12 / limits["gemm_tflop_per_s"]
     if case.bytes:
-        head["of_copy"] = case.bytes / seconds.median / 1e9 / limits["copy_gb_per_s"]
+        head["of_copy"] = case.bytes / working / 1e9 / limits["copy_gb_per_s"]
     return head
 
 
-def benchmark(setting: Setting, repeats: int, only: Sequence[str] = ()) -> dict[str, Any]:
-    """All cases; a JSON-ready result."""
+def benchmark(
+    setting: Setting,
+    repeats: int,
+    only: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """All cases; a JSON-ready result, of which `keep` gets what there is after every case."""
     facts = machine(setting.device) | peers.installed(("tomesd", "triton"))
     clock: Cpu | Cuda = Cpu() if setting.device == "cpu" else Cuda(setting.device)
     limits = ceilings(setting, clock)
     rows: list[dict[str, Any]] = []
+    settings = {"device": setting.device, "dtype": str(setting.dtype).removeprefix("torch."), "repeats": repeats}
+    clock_name = "processor time" if setting.device == "cpu" else "device events"
+    result = {"machine": facts, "settings": settings, "clock": clock_name, "ceilings": limits}
     with torch.no_grad():
         for case in all_cases(setting):
             if only and case.operator not in only:
                 continue
             say(f"{case.operator}, {case.shape}")
-            found = measure(case, clock, repeats)
-            rows += [row(case, name, found, limits) for name in found]
+            rows += rows_of(case, clock, repeats, limits)
+            keep(result | {"rows": rows, "targets": judged(rows, setting.device)})
             if isinstance(clock, Cpu):
                 clock.counts.clear()  # callables are gone, and their numbers may be given to others
-    return {
-        "machine": facts,
-        "settings": {"device": setting.device, "dtype": str(setting.dtype).removeprefix("torch."), "repeats": repeats},
-        "clock": "processor time" if setting.device == "cpu" else "device events",
-        "ceilings": limits,
-        "rows": rows,
-        "targets": judged(rows, setting.device),
-    }
+    return result | {"rows": rows, "targets": judged(rows, setting.device)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,13 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    result = benchmark(
-        Setting(options.device, getattr(torch, options.dtype), tiny=options.tiny), options.repeats, options.only
-    )
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"operators-{options.device}"
-    write_text(options.out / f"{name}.json", json.dumps(result, indent=2) + "\n", overwrite=True)
-    write_text(options.out / f"{name}.md", markdown(result), overwrite=True)
+    path = options.out / f"operators-{options.device}.json"
+
+    def keep(result: dict[str, Any]) -> None:
+        write_text(path, json.dumps(result, indent=2) + "\n", overwrite=True)
+        write_text(path.with_suffix(".md"), markdown(result), overwrite=True)
+
+    setting = Setting(options.device, getattr(torch, options.dtype), tiny=options.tiny)
+    result = benchmark(setting, options.repeats, options.only, keep)
     print(markdown(result))
 
 

@@ -18,6 +18,7 @@ from benchmarks.operators_eager import (
     eager_cache_write,
     eager_map,
     eager_match,
+    eager_mean,
     eager_merge,
     eager_pladis,
     eager_unmerge,
@@ -46,7 +47,8 @@ class Setting:
 
     def noise(self, *shape: int, seed: int = 0) -> Tensor:
         """Normal numbers."""
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device=self.device).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Case:
         make: from a seed to the callables by name.
         own: which of them are ours.
         flops, bytes: useful work of one call; 0 where that says nothing.
-        density: share of the query-key pairs that a block-sparse case visits.
+        density: gives the share of the query-key pairs that a block-sparse case visits.
+        graph: whether the calls can be captured in a CUDA graph; random draws on the host cannot.
     """
 
     operator: str
@@ -66,7 +69,8 @@ class Case:
     own: tuple[str, ...] = ("own",)
     flops: int = 0
     bytes: int = 0
-    density: float | None = None
+    density: Callable[[], float] | None = None
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def token_cases(setting: Setting, shape: Shape) -> Iterator[Case]:
 
     def norm_merging(seed: int) -> Calls:
         x, (slot, *members) = setting.noise(shape.rows, tokens, shape.channels, seed=seed), lists(seed)
-        normed = lambda: eager_merge(F.layer_norm(x, x.shape[-1:]), slot, kept)["index_add"]()
+        mean = eager_mean(slot, shape.rows, kept)
+        normed = lambda: mean(F.layer_norm(x, x.shape[-1:]))
         return {"own": partial(merge_tokens, x, *members, None, None, None, 1e-5), "layer_norm, index_add": normed}
 
     def unmerging(seed: int) -> Calls:
@@ -191,8 +196,8 @@ def block_cases(setting: Setting, shape: Shape) -> Iterator[Case]:
         return calls
 
     own = ("window", "tile", "agglomerative")
-    yield Case("match, merge, unmerge: one block", str(shape), partial(work, layers=1), own)
-    yield Case("match, merge, unmerge: five blocks of a step", str(shape), partial(work, layers=5), own)
+    for layers, name in ((1, "one block"), (5, "five blocks of a step")):
+        yield Case(f"match, merge, unmerge: {name}", str(shape), partial(work, layers=layers), own, graph=False)
 
 
 # --- attention ---
@@ -252,9 +257,10 @@ def _sparse_case(setting: Setting, shape: Shape, qkv: Callable[[int], Any], name
         calls["own dense"] = lambda: attention_body(q, k, v)
         return calls | sdpa_calls(setting, (q, k, v))
 
-    q, k, _ = qkv(0)
-    pairs = int(attended_pairs(select_blocks(q, k, blocks, 0.25)))
-    density = pairs / (q.shape[0] * heads * q.shape[2] ** 2)
+    def density() -> float:
+        q, k, _ = qkv(0)
+        return int(attended_pairs(select_blocks(q, k, blocks, 0.25))) / (q.shape[0] * heads * q.shape[2] ** 2)
+
     own = ("own", "own with selection", "own dense")
     return Case("attention_body, a quarter of the blocks", name, sparse, own, density=density)
 

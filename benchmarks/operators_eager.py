@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,18 +37,24 @@ def eager_merge(x: Tensor, slot: Tensor, kept: int) -> dict[str, Callable[[], Te
     """With an expanded index as in public code, and with `index_add_`."""
     rows, _, channels = x.shape
     wide = slot.long().expand(rows, -1)[..., None].expand(-1, -1, channels)
-    flat = (slot.long() + kept * torch.arange(rows, device=x.device)[:, None]).flatten()
-    size = torch.bincount(flat, minlength=rows * kept)[:, None]
 
     def expanded() -> Tensor:
         return x.new_zeros(rows, kept, channels).scatter_reduce(1, wide, x, "mean", include_self=False)
 
-    def added() -> Tensor:
-        total = x.new_zeros(rows * kept, channels, dtype=torch.float32)
-        total.index_add_(0, flat, x.reshape(-1, channels).float())
-        return (total / size).to(x.dtype).view(rows, kept, channels)
+    return {"scatter_reduce": expanded, "index_add": partial(eager_mean(slot, rows, kept), x)}
 
-    return {"scatter_reduce": expanded, "index_add": added}
+
+def eager_mean(slot: Tensor, rows: int, kept: int) -> Callable[[Tensor], Tensor]:
+    """Merging by `index_add_`; what depends on the map alone, which serves many calls, is made here."""
+    flat = (slot.long() + kept * torch.arange(rows, device=slot.device)[:, None]).flatten()
+    size = torch.bincount(flat, minlength=rows * kept)[:, None]
+
+    def added(x: Tensor) -> Tensor:
+        total = x.new_zeros(rows * kept, x.shape[2], dtype=torch.float32)
+        total.index_add_(0, flat, x.reshape(-1, x.shape[2]).float())
+        return (total / size).to(x.dtype).view(rows, kept, x.shape[2])
+
+    return added
 
 
 def eager_unmerge(y: Tensor, slot: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -35,7 +35,10 @@ def test_a_failing_variant_is_said_and_the_rest_goes_on(monkeypatch):
         raise RuntimeError("no such kernel\nand a trace")
 
     case = Case(
-        "an operator", "a shape", lambda seed: {"own": lambda: 1, "rival": broken, "plain": lambda: 2}, density=0.5
+        "an operator",
+        "a shape",
+        lambda seed: {"own": lambda: 1, "rival": broken, "plain": lambda: 2},
+        density=lambda: 0.5,
     )
     monkeypatch.setattr(operators, "all_cases", lambda setting: [case])
     monkeypatch.setattr(operators, "_LEAST", 0.0)
@@ -44,6 +47,86 @@ def test_a_failing_variant_is_said_and_the_rest_goes_on(monkeypatch):
     assert rows["rival"]["failed"] == "RuntimeError: no such kernel"
     assert rows["own"]["baseline"] == "plain"
     assert "| a shape, density 0.50 | rival |  | failed: RuntimeError: no such kernel |" in markdown(result)
+
+
+def test_inputs_that_fail_are_said_and_what_was_measured_before_is_kept(monkeypatch):
+    def broken(seed):
+        raise RuntimeError("no such kernel")
+
+    cases = [Case("good", "a shape", lambda seed: {"own": lambda: 1}), Case("bad", "a shape", broken)]
+    monkeypatch.setattr(operators, "all_cases", lambda setting: iter(cases))
+    monkeypatch.setattr(operators, "_LEAST", 0.0)
+    kept = []
+    result = operators.benchmark(SETTING, 1, keep=kept.append)
+    assert [row["operator"] for row in result["rows"]] == ["good", "bad"]
+    assert "| a shape | inputs |  | failed: RuntimeError: no such kernel |" in markdown(result)
+    assert result == kept[-1]
+    assert "good" in markdown(kept[0])
+
+
+class Device:
+    """A CUDA device's clock that writes down what it is asked."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.stream, device = [], "main", self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                device.log.append("event")
+
+            def elapsed_time(self, other):
+                return 40.0
+
+        class Graph:
+            def replay(self):
+                device.log.append("replay")
+
+        class Capture:
+            def __init__(self, graph):
+                pass
+
+            def __enter__(self):
+                device.stream = "capture"
+                device.log.append("capture")
+
+            def __exit__(self, kind, error, trace):
+                if error is None:
+                    device.stream = "main"  # as torch does: not after an error
+
+        for name, stand_in in (
+            ("Event", Event),
+            ("CUDAGraph", Graph),
+            ("graph", Capture),
+            ("synchronize", lambda: device.log.append("wait")),
+            ("current_stream", lambda: device.stream),
+            ("set_stream", lambda stream: setattr(device, "stream", stream)),
+        ):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def test_the_gpu_clock(monkeypatch):
+    """Cold calls are queued behind the flush without a wait; a capture that fails leaves nothing behind."""
+    monkeypatch.setattr(operators, "_FLUSH", 16)
+    device = Device(monkeypatch)
+    clock = operators.Cuda("cpu", count=2)
+    calls = [lambda: device.log.append("a"), lambda: device.log.append("b")]
+    assert clock.hot(calls) == pytest.approx(0.02)  # 40 ms for two calls
+    assert device.log == ["a", "b", "wait", "event", "a", "b", "event", "wait"]
+    device.log.clear()
+    assert clock.extras(calls, graph=True) == pytest.approx((0.04, 0.02))
+    cold = ["event", "a", "event", "event", "b", "event", "wait"]
+    assert device.log == [*cold, "capture", "a", "b", "replay", "wait", "event", "replay", "event", "wait"]
+    assert clock.extras(calls, graph=False)[1] is None
+
+    def waiting():
+        if device.stream == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert clock.extras([waiting], graph=True)[1] is None
+    assert device.stream == "main"
 
 
 @torch.no_grad()
