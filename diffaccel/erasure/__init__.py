@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffaccel.erasure.apply import applied_edits as applied_edits
 from diffaccel.erasure.concepts import Concept as Concept
 from diffaccel.erasure.concepts import ConceptList as ConceptList
 from diffaccel.erasure.concepts import ErasureError as ErasureError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel import seams
-from diffaccel.erasure.edit import DTYPES, Edit, tensor_digest
+from diffaccel.erasure.edit import Edit, tensor_digest
 from diffaccel.erasure.live import (
     FUSED,
+    NO_WEIGHT,
     FusedMaps,
     LowRank,
     inside,
@@ -25,10 +27,12 @@ from diffaccel.erasure.live import (
     sites,
     stored_weight,
     unwrapped,
+    weight_at,
 )
 from diffaccel.errors import Unsupported
 
 _HOME = "_diffaccel_edits"
+_GLIMPSE = 16
 
 
 class Applied(seams.Residence):
@@ -50,6 +54,12 @@ class Applied(seams.Residence):
         self._written_plan: dict[str, list[LowRank]] = {}  # maps in their weights
         self._rendered: dict[str, str] = {}  # digests of written weights
         self._links: list[_Link] = []
+        self._glimpse = torch.empty(0)  # of the written weights
+        self._text: weakref.ref[Tensor] | None = None  # what the network read when they were looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at its own weights: weak references cannot be copied everywhere."""
+        return {**vars(self), "_text": None}
 
     @classmethod
     def of(cls, network: Any) -> Applied | None:
@@ -66,33 +76,42 @@ class Applied(seams.Residence):
         Raises:
             Unsupported: the current weight is not what the written edits made of the base.
         """
-        weight = stored_weight(unwrapped(live(network, path)))
+        weight = weight_at(network, path)
         if weight is None:
-            raise Unsupported(
-                f"{path} has no weight in fp32, fp16 or bf16 any more, so its edits cannot be taken back."
-            )
+            raise Unsupported(f"{path} has {NO_WEIGHT} any more, so its edits cannot be taken back.")
         current = weight.cpu()
         if path not in self.bases:
             return current, current
+        return self._origin(path, current)[0], current
+
+    def _origin(self, path: str, current: Tensor) -> tuple[Tensor, bool]:
+        """The base of a weight in its dtype of now, and whether the written edits are (still) in it.
+
+        Raises:
+            Unsupported: the weight is neither what they made of the base nor the base itself.
+        """
         base = self.bases[path]
         if base.dtype == current.dtype and tensor_digest(current) == self._rendered.get(path):
-            return base, current
+            return base, True
         expected = render(base, self._written_plan[path])
         for casts in _casts(base.dtype, current.dtype):
-            # the base itself: its weights were loaded again, the edit is gone already
-            if _same_bytes(_cast(expected, casts), current) or _same_bytes(_cast(base, casts), current):
-                return _cast(base, casts), current
+            if _same_bytes(_cast(expected, casts), current):
+                return _cast(base, casts), True
+            if _same_bytes(_cast(base, casts), current):
+                return _cast(base, casts), False
         raise Unsupported(
-            f"the weight of {path} was changed by something else since the edit was applied (a merged LoRA, other weights "
-            "loaded); take that back first, or load the model again."
+            f"the weight of {path} was changed by something else since the edit was applied (a LoRA that was merged, even "
+            "if it was taken out again, or other weights loaded); take that back, or load the model again."
         )
 
     def rewrite(self, network: nn.Module, written: Iterable[Edit], changed: Edit, undo: ExitStack) -> None:
         """Write every weight of `changed` as the edits in `written` make it; `undo` gets what takes that back."""
+        written = list(written)
         after, seen = _plan(written), set[int]()
+        coming = changed in written
         for module in changed.modules:
             path = inside(module.name)
-            projection = require_plain(network, path, "write the weights")
+            projection = require_plain(network, path, "write the weights" if coming else "take the edit back")
             base, current = self.base_now(network, path)
             weight = stored_weight(projection)
             assert weight is not None
@@ -124,15 +143,44 @@ class Applied(seams.Residence):
             return
         if Applied.of(network) is not self:
             self.move_in(network, _HOME)
+        self._glimpse, self._text = self._look(network), None
         self.before(network, _Guard(self))
         self._hook(network)
 
-    def follow(self, network: nn.Module) -> None:
+    def follow(self, network: nn.Module, text: Any = None) -> None:
         """Before each call: hooks go to where the projections are now; edits that would not reach them refuse.
 
+        Args:
+            text: what the network reads; written weights are looked at once for each.
         Raises:
-            Unsupported: a LoRA was loaded on written weights.
+            Unsupported: a LoRA was loaded on written weights, or they are others now.
         """
+        self._follow_modules(network)
+        if self.bases and not torch.compiler.is_compiling() and (self._text is None or self._text() is not text):
+            self._follow_weights(network)
+            self._text = weakref.ref(text) if isinstance(text, Tensor) else None
+
+    def _follow_weights(self, network: nn.Module) -> None:
+        """A LoRA that was merged and unloaded leaves no trace but the weights; few numbers of each tell."""
+        seen = self._look(network)
+        if _same_bytes(seen.to(self._glimpse.device), self._glimpse):
+            return
+        for path in self.bases:
+            weight = weight_at(network, path)
+            if weight is not None and not self._origin(path, weight.cpu())[1]:
+                raise Unsupported(
+                    f"the weight of {path} was loaded again since an edit was written into it, so the edit is gone: remove "
+                    "it, and apply it again."
+                )
+        self._glimpse = seen
+
+    def _look(self, network: nn.Module) -> Tensor:
+        """Sixteen numbers, spread evenly, of each written weight that is in memory; on the device of the first."""
+        found = [weight for path in self.bases if (weight := weight_at(network, path)) is not None]
+        rows = [flat[:: max(1, len(flat) // _GLIMPSE)][:_GLIMPSE] for flat in (weight.reshape(-1) for weight in found)]
+        return torch.cat([row.to(rows[0].device) for row in rows]) if rows else torch.empty(0)
+
+    def _follow_modules(self, network: nn.Module) -> None:
         if all(children.get(name) is module for children, name, module in self._links):
             return
         for module in self.hooked:
@@ -174,11 +222,10 @@ def base_weight(network: nn.Module, path: str) -> Tensor:
     applied = Applied.of(network)
     if applied is not None:
         return applied.base_now(network, path)[0]
-    weight = stored_weight(unwrapped(live(network, path)))
+    weight = weight_at(network, path)
     if weight is None:
         raise Unsupported(
-            f"{path} has no weight in fp32, fp16 or bf16 (quantised, or not loaded); compute the edit on the plain model, "
-            "and apply it here with form='map'."
+            f"{path} has {NO_WEIGHT}; compute the edit on the plain model, and apply it here with form='map'."
         )
     return weight.cpu()
 
@@ -190,7 +237,7 @@ class _Guard:
         self.applied = applied
 
     def __call__(self, network: nn.Module, args: Any, kwargs: Any) -> None:
-        self.applied.follow(network)
+        self.applied.follow(network, kwargs.get("encoder_hidden_states"))
 
 
 class _MapInput:
@@ -250,9 +297,14 @@ def finite(weight: Tensor, edit: Edit) -> Tensor:
 
 
 def _casts(before: torch.dtype, now: torch.dtype) -> list[tuple[torch.dtype, ...]]:
-    """The casts by which `.to(dtype)` may have come from one dtype to another, directly or by a detour."""
-    direct: tuple[torch.dtype, ...] = () if before == now else (now,)
-    return [direct, *((via, now) for via in DTYPES.values() if via not in (before, now))]
+    """The casts by which `.to(dtype)` may have come from one dtype to another, directly or by detours.
+
+    Detours over fp32 lose nothing; after one over each of the others, a second one over the same loses nothing more.
+    """
+    half = (torch.float16, torch.bfloat16)
+    detours: list[tuple[torch.dtype, ...]] = [(), *((one,) for one in half), half, half[::-1]]
+    chains = [(*detour, now) for detour in detours]
+    return [chain[1:] if chain[0] == before else chain for chain in chains]
 
 
 def _cast(tensor: Tensor, casts: Iterable[torch.dtype]) -> Tensor:

@@ -12,6 +12,7 @@ were fused since, hooks follow; written weights, which would not reach them, ref
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -29,13 +30,13 @@ from diffaccel.erasure.live import (
     network_of,
     render,
     require_plain,
-    stored_weight,
-    unwrapped,
+    weight_at,
 )
 from diffaccel.errors import Unsupported
 
 Form = Literal["weights", "map"]
 FORMS = ("weights", "map")
+_ONE_AT_A_TIME = threading.RLock()  # what is applied to a network changes in several steps
 
 
 def apply_edit(pipe: Any, edit: Edit | str | os.PathLike[str], *, form: Form | str = "weights") -> Edit:
@@ -55,6 +56,12 @@ def apply_edit(pipe: Any, edit: Edit | str | os.PathLike[str], *, form: Form | s
     if form not in FORMS:
         raise EditError(f"an edit is applied in the form 'weights' or 'map', not {form!r}.")
     name, network = network_of(pipe, edit)
+    with _ONE_AT_A_TIME:
+        _add(network, name, edit, form)
+    return edit
+
+
+def _add(network: nn.Module, name: str, edit: Edit, form: Form | str) -> None:
     check_fit(network, edit, form)
     applied = Applied.of(network) or Applied(name)
     with _all_or_nothing(network, applied) as undo:
@@ -64,7 +71,6 @@ def apply_edit(pipe: Any, edit: Edit | str | os.PathLike[str], *, form: Form | s
         else:
             applied.mapped = (*applied.mapped, edit)
         applied.settle(network)
-    return edit
 
 
 def remove_edit(pipe: Any, edit: Edit | str | os.PathLike[str]) -> None:
@@ -74,12 +80,22 @@ def remove_edit(pipe: Any, edit: Edit | str | os.PathLike[str]) -> None:
         EditError: the file is unreadable or unsound.
         Unsupported: it is not applied, or the weights were changed by something else since; nothing is changed.
     """
-    edit = _read(edit)
+    try:
+        edit = _read(edit)
+    except EditError as error:
+        if not applied_edits(pipe):
+            raise
+        raise EditError(f"{str(error)[:-1]}; diffaccel.erasure.applied_edits lists the edits to take back.") from None
     network: Any = getattr(pipe, edit.modules[0].name.split(".")[0], None)
     network = getattr(network, "_orig_mod", network)  # compiled as a whole since
-    applied = Applied.of(network)
-    if applied is None or edit not in applied.edits:
-        raise Unsupported(f"the {edit} is not applied to this {type(pipe).__name__}.")
+    with _ONE_AT_A_TIME:
+        applied = Applied.of(network)
+        if applied is None or edit not in applied.edits:
+            raise Unsupported(f"the {edit} is not applied to this {type(pipe).__name__}.")
+        _drop(network, applied, edit)
+
+
+def _drop(network: nn.Module, applied: Applied, edit: Edit) -> None:
     with _all_or_nothing(network, applied) as undo:
         if edit in applied.written:
             rest = tuple(other for other in applied.written if other != edit)
@@ -118,7 +134,7 @@ def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) 
     for module in edit.modules:
         path = inside(module.name)
         if form == "weights":
-            require_plain(network, path, "write the weights")
+            require_plain(network, path, "write the weights", ", or apply the edit with form='map'")
         if not fits(network, module):
             raise Unsupported(f"the {edit} does not fit: {module.name} does not read {module.shape[1]} numbers.")
         weight = _base(network, applied, path) if bases else None
@@ -133,7 +149,7 @@ def _base(network: nn.Module, applied: Applied | None, path: str) -> Tensor | No
     outer = live(network, path)
     if applied is not None and path in applied.bases:
         return applied.bases[path]
-    return None if getattr(outer, "merged", False) else stored_weight(unwrapped(outer))
+    return None if getattr(outer, "merged", False) else weight_at(network, path)
 
 
 @contextmanager
@@ -152,4 +168,6 @@ def _all_or_nothing(network: nn.Module, applied: Applied) -> Iterator[ExitStack]
 
 
 def _read(edit: Edit | str | os.PathLike[str]) -> Edit:
+    if not isinstance(edit, Edit | str | os.PathLike):
+        raise EditError(f"an edit is what erase returned, or the file of one, not {type(edit).__name__}.")
     return edit if isinstance(edit, Edit) else load_edit(edit)

@@ -168,7 +168,8 @@ class RowReader:
         ids = tuple(int(number) for number in tokenizer(text, add_special_tokens=True).input_ids)
         limit = self._limit(source)
         if len(ids) > limit:
-            raise ErasureError(f"{text!r} makes {len(ids)} tokens, and {source.tokenizer} cuts off after {limit}.")
+            shown = text if len(text) <= 80 else f"{text[:77]}..."
+            raise ErasureError(f"{shown!r} makes {len(ids)} tokens, and {source.tokenizer} cuts off after {limit}.")
         return ids
 
     def _limit(self, source: Source) -> int:

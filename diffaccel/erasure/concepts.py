@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -110,14 +111,12 @@ def settle(
     Raises:
         ErasureError: nothing to erase, an empty text, a text named twice, an anchor or a keep that names a target.
     """
-    if isinstance(keep, str):
-        raise ErasureError("keep is a list of texts; a single text would be read letter by letter.")
-    given = [concepts] if isinstance(concepts, str | Concept) else list(concepts)
+    given = [concepts] if isinstance(concepts, str | Concept) else listed(concepts, "concepts")
     if not given:
         raise ErasureError("there is no concept to erase.")
     ready = sorted((_concept(entry, anchor) for entry in given), key=lambda concept: concept.model_dump_json())
     ready = list(dict.fromkeys(ready))
-    kept = tuple(sorted({_keep(text) for text in keep}))
+    kept = tuple(sorted({one_text(text, "a keep") for text in listed(keep, "keep")}))
     _refuse_conflicts(ready, kept)
     return tuple(ready), kept
 
@@ -129,17 +128,47 @@ def _concept(entry: str | Concept, anchor: str | None) -> Concept:
         concept = Concept(target=entry) if isinstance(entry, str) else entry
     except ValidationError as error:
         raise ErasureError(f"{describe_problem(error)}.") from None
-    return concept if concept.anchor is not None else concept.model_copy(update={"anchor": _one_line(anchor or "")})
+    own = concept.anchor is not None
+    return (
+        concept
+        if own
+        else concept.model_copy(update={"anchor": one_text("" if anchor is None else anchor, "an anchor")})
+    )
 
 
-def _keep(text: object) -> str:
+def listed(texts: object, what: str) -> list[Any]:
+    """A list of what was given.
+
+    Raises:
+        ErasureError: it is a single text, or nothing that can be listed.
+    """
+    if isinstance(texts, str):
+        raise ErasureError(f"{what} is a list of texts; a single text would be read letter by letter.")
+    if not isinstance(texts, Iterable):
+        raise ErasureError(f"{what} is a list of texts, not {type(texts).__name__}.")
+    return list(texts)
+
+
+def one_text(text: object, what: str) -> str:
+    """The text with single blanks.
+
+    Raises:
+        ErasureError: it is no text, or has characters that no file could hold.
+    """
     if not isinstance(text, str):
-        raise ErasureError(f"a keep is a text, not {type(text).__name__}.")
-    return _one_line(text)
+        raise ErasureError(f"{what} is a text, not {type(text).__name__}.")
+    try:
+        return _one_line(text)
+    except ValueError as error:
+        raise ErasureError(f"{error}.") from None
 
 
 def _refuse_conflicts(concepts: Sequence[Concept], keep: Sequence[str]) -> None:
-    names = sorted((name.lower(), concept.target) for concept in concepts for name, _ in concept.names)
+    names = sorted(
+        (unicodedata.normalize("NFC", name).lower(), concept.target)
+        for concept in concepts
+        for name, _ in concept.names
+    )
     for (name, first), (other, second) in pairwise(names):
         if name == other:
             raise ErasureError(f"{name!r} is to be erased twice, for {first!r} and for {second!r}; name it once.")
@@ -161,12 +190,15 @@ def mentions(text: str, phrase: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())  # as tokenizers compose accents
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in line):
+        raise ValueError(f"{line!r} has control characters")  # no file could hold it
+    return line
 
 
 def _phrase(text: str, what: str) -> str:
@@ -179,4 +211,5 @@ def describe_problem(error: ValidationError) -> str:
     """The first complaint, with its place."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in found["loc"])
-    return f"{place}: {found['msg']}" if place else str(found["msg"])
+    problem = str(found["msg"]).removeprefix("Value error, ")
+    return f"{place}: {problem}" if place else problem

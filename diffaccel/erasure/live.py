@@ -18,6 +18,7 @@ from diffaccel.erasure.routes import find_routes
 from diffaccel.errors import Unsupported
 
 FUSED = "to_kv"
+NO_WEIGHT = "no weight in fp32, fp16 or bf16 (quantised, not loaded, or offloaded to disk)"
 
 
 @dataclass(eq=False)
@@ -142,7 +143,31 @@ def stored_weight(module: nn.Module) -> Tensor | None:
         weight = kept[-1] if kept else None
     if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in DTYPES.values():
         return None
-    return weight.detach()
+    # a quantised weight may be a tensor of a class of its own that claims to be bf16
+    return weight.detach() if type(weight) in (Tensor, nn.Parameter) else None
+
+
+def weight_at(network: nn.Module, path: str) -> Tensor | None:
+    """`stored_weight` of the projection at a path, inside LoRA layers; None also where group offloading keeps it on disk.
+
+    Then the tensor on the module is there, but holds whatever was in memory.
+    """
+    module, names = unwrapped(live(network, path)), path.split(".")
+    holders = [network.get_submodule(".".join(names[:i])) for i in range(len(names))]
+    return None if any(_group_on_disk(holder) for holder in (*holders, module)) else stored_weight(module)
+
+
+def _group_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers offloads a group of modules that begins here to disk."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
+
+
+def _is_copy(module: nn.Module) -> bool:
+    """Whether the weight is read from disk (accelerate) each time it is asked for, so that writing to it is lost."""
+    first, second = stored_weight(module), stored_weight(module)  # both alive, or they might share an address
+    return first is not None and second is not None and first.data_ptr() != second.data_ptr()
 
 
 def is_fused(network: nn.Module, path: str) -> bool:
@@ -159,25 +184,25 @@ def parent_of(network: nn.Module, path: str) -> tuple[nn.Module, str]:
     return network.get_submodule(parent), leaf
 
 
-def require_plain(network: nn.Module, path: str, doing: str) -> nn.Linear:
+def require_plain(network: nn.Module, path: str, doing: str, instead: str = "") -> nn.Linear:
     """The projection whose weight may be written.
 
     Raises:
-        Unsupported: a LoRA, fused projections or quantisation are in the way, with what to do instead.
+        Unsupported: a LoRA, fused projections, quantisation or offloading to disk are in the way; `instead` ends the
+            sentence.
     """
     module = live(network, path)
     if unwrapped(module) is not module:
-        raise Unsupported(f"cannot {doing}: a LoRA is loaded on {path}; unload it, or apply the edit with form='map'.")
+        raise Unsupported(f"cannot {doing}: a LoRA is loaded on {path}; unload it{instead}.")
     if is_fused(network, path):
         raise Unsupported(
             f"cannot {doing}: the projections are fused, so that {path} does not run; unfuse them first "
-            f"(unfuse_qkv_projections), or apply the edit with form='map'."
+            f"(unfuse_qkv_projections){instead}."
         )
-    if stored_weight(module) is None or not isinstance(module, nn.Linear):
-        raise Unsupported(
-            f"cannot {doing}: {path} has no weight in fp32, fp16 or bf16 (quantised, or not loaded); apply the edit with "
-            "form='map'."
-        )
+    if weight_at(network, path) is None or not isinstance(module, nn.Linear):
+        raise Unsupported(f"cannot {doing}: {path} has {NO_WEIGHT}; load it as such{instead}.")
+    if _is_copy(module):
+        raise Unsupported(f"cannot {doing}: the weight of {path} is offloaded to disk; load it into memory{instead}.")
     return module
 
 

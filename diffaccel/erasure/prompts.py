@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffaccel.erasure.concepts import Concept, ErasureError, mentions
+from diffaccel.erasure.concepts import Concept, ErasureError, listed, mentions, one_text
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,10 @@ def sort_prompts(prompts: Sequence[str], concepts: Sequence[Concept]) -> Context
     Raises:
         ErasureError: a single text instead of a list, an empty prompt, or one with braces.
     """
-    if isinstance(prompts, str):
-        raise ErasureError("prompts is a list of texts; a single text would be read letter by letter.")
     names = [name for concept in concepts for name, _ in concept.names]
     templates, others, left_out = dict[str, None](), dict[str, None](), 0
-    for prompt in prompts:
-        text = " ".join(prompt.split())
+    for prompt in listed(prompts, "prompts"):
+        text = one_text(prompt, "a prompt")
         if not text or "{" in text or "}" in text:
             raise ErasureError(f"{prompt!r} cannot be used as a prompt: it is empty or has braces.")
         named = [name for name in names if mentions(text, name)]

@@ -15,7 +15,7 @@ import torch
 from diffaccel.erasure import closed_forms as forms
 from diffaccel.erasure.closed_forms import Columns, LowRank
 from diffaccel.erasure.collect import collect
-from diffaccel.erasure.concepts import Concept, ConceptList, ErasureError, mentions, settle
+from diffaccel.erasure.concepts import Concept, ConceptList, ErasureError, listed, mentions, settle
 from diffaccel.erasure.edit import Edit, EditedModule, TextMap
 from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.problem import Problem, Scale, base_of
@@ -63,8 +63,11 @@ def erase(
         WeakErasure: a null space leaves so little of a concept that the edit will hardly be seen.
     """
     if isinstance(concepts, ConceptList):
-        keep, anchor = [*keep, *concepts.keep], concepts.anchor if anchor is None else anchor
+        keep, anchor = [*listed(keep, "keep"), *concepts.keep], concepts.anchor if anchor is None else anchor
         concepts = concepts.concepts
+    from diffaccel.wrapping import AcceleratedPipeline  # noqa: PLC0415  (it imports this package)
+
+    pipe = pipe.pipe if isinstance(pipe, AcceleratedPipeline) else pipe  # an edit is of the model, whatever runs it
     settled, kept = settle(concepts, keep, anchor)
     chosen = settings_of(suited_method(settled) if method is None else method, settings)
     _refuse_nothing_instead(chosen, settled)

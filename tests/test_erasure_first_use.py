@@ -1,0 +1,295 @@
+"""What somebody does who uses concept erasure for the first time: odd requests, offloading, LoRA, casts, threads."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import accelerate
+import pytest
+import torch
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+from tiny import run, tiny_pipeline
+from tiny_edits import random_edit, same_weights, weights_of
+from tiny_text import tiny_text_pipeline
+
+import diffaccel
+from diffaccel import seams
+from diffaccel.erasure import EditError, ErasureError
+from diffaccel.erasure.apply import applied_edits
+from diffaccel.errors import Unsupported
+from diffaccel.methods.guidance_interval import GuidanceInterval
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text_pipe():
+    return tiny_text_pipeline("sd")
+
+
+def draw(pipe):
+    return run(pipe, "sd", steps=2)
+
+
+# --- requests ---
+
+
+@pytest.mark.parametrize(
+    ("concepts", "options", "sentence"),
+    [
+        (None, {}, "concepts is a list of texts, not NoneType."),
+        (["circle"], {"keep": None}, "keep is a list of texts, not NoneType."),
+        (["circle"], {"prompts": 3}, "prompts is a list of texts, not int."),
+        (["circle"], {"prompts": [3]}, "a prompt is a text, not int."),
+        (["circle"], {"anchor": 3}, "an anchor is a text, not int."),
+        (["circle"], {"anchor": "a\x07b"}, r"'a\x07b' has control characters."),
+        (["cir\x1b[31mcle"], {}, r"target: 'cir\x1b[31mcle' has control characters."),
+        (["a\ud800"], {}, r"target: 'a\ud800' has control characters."),
+        ([""], {}, "target: a target needs at least one word, and '' has none."),
+        (["cafe\u0301"], {"keep": ["a caf\u00e9"]}, "'a café' cannot be kept while 'cafe\u0301' is erased"),
+        (["cafe\u0301", "caf\u00e9"], {}, "is to be erased twice"),
+        (["word " * 200], {}, "...' makes 802 tokens, and tokenizer cuts off after 32."),
+    ],
+)
+def test_odd_requests_are_answered_by_one_short_sentence(text_pipe, concepts, options, sentence):
+    with pytest.raises(ErasureError) as caught:
+        diffaccel.erase(text_pipe, concepts, method="uce", **options)
+    assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_list_of_concepts_with_no_list_of_keeps(text_pipe):
+    wanted = diffaccel.erasure.ConceptList(concepts=("circle",))
+    with pytest.raises(ErasureError, match="keep is a list of texts, not NoneType"):
+        diffaccel.erase(text_pipe, wanted, keep=None)
+
+
+def test_an_edit_made_on_a_wrapped_pipeline_is_the_same_edit(text_pipe):
+    fast = diffaccel.wrap(text_pipe, GuidanceInterval(low=0.3, high=5.0))
+    options = {"method": "uce", "general": False, "keep": ["dog"]}
+    first, second = (diffaccel.erase(pipe, "circle", **options) for pipe in (text_pipe, fast))
+    assert first == second
+    assert second.pipeline == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("thing", [None, 3, b"no-circle.safetensors"])
+def test_what_is_neither_an_edit_nor_a_file_is_refused(thing):
+    pipe = tiny_pipeline("sd")
+    for act in (diffaccel.apply_edit, diffaccel.remove_edit):
+        with pytest.raises(EditError, match="an edit is what erase returned, or the file of one, not"):
+            act(pipe, thing)
+
+
+def test_the_file_is_gone_when_the_edit_is_taken_back(tmp_path):
+    pipe, path = tiny_pipeline("sd"), tmp_path / "e.safetensors"
+    base = weights_of(pipe)
+    random_edit(pipe).save(path)
+    diffaccel.apply_edit(pipe, path)
+    path.unlink()
+    with pytest.raises(
+        EditError, match=r"No such file.*; diffaccel.erasure.applied_edits lists the edits to take back\.$"
+    ):
+        diffaccel.remove_edit(pipe, path)
+    for edit, _ in applied_edits(pipe):
+        diffaccel.remove_edit(pipe, edit)
+    assert same_weights(pipe, base)
+    with pytest.raises(EditError, match=r"No such file or directory\.$"):
+        diffaccel.remove_edit(pipe, path)
+
+
+# --- weights that are elsewhere ---
+
+
+def to_disk(pipe, folder):
+    for name in ("unet", "vae"):
+        accelerate.disk_offload(getattr(pipe, name), str(folder / name), execution_device=torch.device("cpu"))
+
+
+def test_weights_on_disk_are_not_written_in_vain(tmp_path):
+    """accelerate reads them from there at each call, so what is written into them is lost."""
+    pipe, twin = tiny_pipeline("sd"), tiny_pipeline("sd")
+    edit, stock = random_edit(pipe), draw(pipe)
+    diffaccel.apply_edit(twin, edit, form="map")
+    to_disk(pipe, tmp_path)
+    with pytest.raises(Unsupported, match=r"is offloaded to disk; load it into memory, or apply .* form='map'\.$"):
+        diffaccel.apply_edit(pipe, edit)
+    assert torch.equal(draw(pipe), stock)
+    diffaccel.apply_edit(pipe, edit, form="map")
+    assert torch.equal(draw(pipe), draw(twin))
+    diffaccel.remove_edit(pipe, edit)
+    assert torch.equal(draw(pipe), stock)
+
+
+def test_written_weights_that_went_to_disk_are_not_taken_back_in_vain(tmp_path):
+    pipe = tiny_pipeline("sd")
+    edit = diffaccel.apply_edit(pipe, random_edit(pipe))
+    erased = draw(pipe)
+    to_disk(pipe, tmp_path)
+    with pytest.raises(
+        Unsupported, match=r"cannot take the edit back: .* is offloaded to disk; load it into memory\.$"
+    ):
+        diffaccel.remove_edit(pipe, edit)
+    assert torch.equal(draw(pipe), erased)
+    assert dict(applied_edits(pipe)) == {edit: "weights"}
+
+
+@pytest.mark.parametrize(
+    "how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_group_offloading_to_disk_leaves_no_weights_to_read(how, tmp_path):
+    """What is in memory then is whatever was there: an edit must not be computed from it, nor compared with it."""
+    pipe, cpu = tiny_text_pipeline("sd"), torch.device("cpu")
+    edit = random_edit(pipe)
+    options = {"onload_device": cpu, "offload_device": cpu, "offload_to_disk_path": str(tmp_path)}
+    apply_group_offloading(pipe.unet, **how, **options)
+    with pytest.raises(Unsupported, match="offloaded to disk"):
+        diffaccel.erase(pipe, "circle", method="uce", general=False)
+    with pytest.raises(Unsupported, match=r"cannot write the weights: .* offloaded to disk"):
+        diffaccel.apply_edit(pipe, edit)
+    diffaccel.apply_edit(pipe, edit, form="map")
+    diffaccel.remove_edit(pipe, edit)
+
+
+class Packed(torch.Tensor):
+    """A quantised weight as torchao makes them: it says that it is bf16."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.bfloat16)
+
+    def __init__(self, weight):
+        self.packed = weight.to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{func} of a packed weight")
+
+
+def test_a_quantised_weight_of_a_class_of_its_own():
+    pipe = tiny_pipeline("sd").to(torch.bfloat16)
+    edit = random_edit(pipe)
+    for module in edit.modules:
+        layer = pipe.unet.get_submodule(module.name[5:])
+        del layer.weight
+        layer.weight = Packed(torch.zeros(layer.out_features, layer.in_features))
+    with pytest.raises(Unsupported, match=r"no weight in fp32, fp16 or bf16 \(quantised"):
+        diffaccel.apply_edit(pipe, edit)
+    diffaccel.apply_edit(pipe, edit, form="map")
+    diffaccel.remove_edit(pipe, edit)
+
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("way", [(FP16, BF16, FP32), (BF16, FP16, FP32), (BF16, FP16, BF16), (FP16, BF16, FP16, FP32)])
+def test_casts_by_detours(way):
+    pipe, twin = tiny_pipeline("sd"), tiny_pipeline("sd")
+    with torch.no_grad():
+        for net in (pipe, twin):  # numbers that fp16 cannot hold
+            net.unet.get_submodule(random_edit(net).modules[0].name[5:]).weight[0] *= 1e-6
+    edit = diffaccel.apply_edit(pipe, random_edit(twin))
+    for dtype in way:
+        pipe, twin = pipe.to(dtype), twin.to(dtype)
+        draw_nothing(pipe)
+    diffaccel.remove_edit(pipe, edit)
+    assert same_weights(pipe, weights_of(twin))
+
+
+@torch.no_grad()
+def draw_nothing(pipe, text=None):
+    """One call of the UNet alone."""
+    dtype = pipe.unet.dtype
+    text = torch.ones(1, 5, 16, dtype=dtype) if text is None else text
+    return pipe.unet(torch.ones(1, 4, 8, 8, dtype=dtype), 10, encoder_hidden_states=text).sample
+
+
+# --- weights that others write ---
+
+
+def load_lora(pipe):
+    torch.manual_seed(7)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"]))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_lora_merged_and_unloaded_between_two_calls_is_noticed(called_before):
+    """Its share of the weights reads the prompt as it was; the usual way to merge one leaves no other trace."""
+    pipe = tiny_pipeline("sd")
+    edit = diffaccel.apply_edit(pipe, random_edit(pipe))
+    if called_before:
+        draw(pipe)
+    load_lora(pipe)
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+    for _ in range(2):
+        with pytest.raises(Unsupported, match=r"was changed by something else since .*\(a LoRA that was merged"):
+            draw(pipe)
+    with pytest.raises(Unsupported, match="was changed by something else"):
+        diffaccel.remove_edit(pipe, edit)
+
+
+def test_weights_that_were_loaded_again_do_not_pass_for_erased():
+    pipe = tiny_pipeline("sd")
+    base, stock = weights_of(pipe), draw(pipe)
+    edit = diffaccel.apply_edit(pipe, random_edit(pipe))
+    erased = draw(pipe)
+    pipe.unet.load_state_dict(base)
+    with pytest.raises(Unsupported, match=r"was loaded again .* the edit is gone: remove it, and apply it again\.$"):
+        draw(pipe)
+    diffaccel.remove_edit(pipe, edit)
+    assert torch.equal(draw(pipe), stock)
+    diffaccel.apply_edit(pipe, edit)
+    assert torch.equal(draw(pipe), erased)
+
+
+def test_written_weights_are_looked_at_once_for_each_text(monkeypatch):
+    pipe, looks = tiny_pipeline("sd"), []
+    diffaccel.apply_edit(pipe, random_edit(pipe))
+    home = type(pipe.unet._diffaccel_edits)
+    original = home._look
+    monkeypatch.setattr(home, "_look", lambda *args: looks.append(1) or original(*args))
+    text, other = torch.ones(1, 5, 16), torch.zeros(1, 5, 16)
+    for one, count in ((text, 1), (text, 1), (other, 2), (text, 3)):
+        draw_nothing(pipe, one)
+        assert len(looks) == count
+
+
+def test_a_pickled_network_is_undone_by_itself():
+    pipe, twin = tiny_pipeline("sd"), tiny_pipeline("sd")
+    base = weights_of(pipe)
+    edit = diffaccel.apply_edit(pipe, random_edit(pipe))
+    erased = draw(pipe)
+    twin.unet = pickle.loads(pickle.dumps(pipe.unet))
+    assert torch.equal(draw(twin), erased)
+    diffaccel.remove_edit(twin, edit)
+    assert same_weights(twin, base)
+    assert torch.equal(draw(pipe), erased)
+
+
+# --- two at once ---
+
+
+def test_two_threads_apply_one_after_the_other(monkeypatch):
+    pipe = tiny_pipeline("sd")
+    base, edits, original = weights_of(pipe), [random_edit(pipe, seed) for seed in (1, 2)], seams.overwrite
+    other = threading.Thread(target=diffaccel.apply_edit, args=(pipe, edits[1]))
+
+    def slow(weight, value):
+        original(weight, value)
+        if other.ident is None:  # the first of the writes: let the other one in, if it may
+            other.start()
+            other.join(0.3)
+
+    monkeypatch.setattr(seams, "overwrite", slow)
+    diffaccel.apply_edit(pipe, edits[0])
+    other.join()
+    monkeypatch.undo()
+    assert dict(applied_edits(pipe)) == dict.fromkeys(edits, "weights")
+    for edit in edits:
+        diffaccel.remove_edit(pipe, edit)
+    assert same_weights(pipe, base)
