@@ -11,10 +11,10 @@ import gradio as gr
 from diffaccel.demo.actions import Actions
 from diffaccel.demo.batching import KINDS
 from diffaccel.demo.controls import QUICK, Picture, Switches
+from diffaccel.demo.erasing import ABOUT, AUTOMATIC
 from diffaccel.demo.exploring import COSTS
 from diffaccel.demo.fields import words
 from diffaccel.demo.markup import message
-from diffaccel.erasure.settings import METHODS as ERASURES
 
 WORKER = "model"  # one queue for everything that needs the model
 
@@ -213,7 +213,7 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         elem_id="keep",
     )
     with gr.Row():
-        method = gr.Dropdown(list(ERASURES), value="speed", label="Method", min_width=140, elem_id="erase-method")
+        method = gr.Dropdown(list(ABOUT), value=AUTOMATIC, label="Method", min_width=140, elem_id="erase-method")
         settings = gr.Textbox(
             label="Settings of the method",
             placeholder="ridge=0.5; strength=0.9",
@@ -222,6 +222,8 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
             scale=2,
             elem_id="erase-settings",
         )
+    with gr.Accordion("What the methods do", open=False, elem_id="erase-methods"):
+        gr.Markdown("\n".join(f"- **{name}**: {text}" for name, text in ABOUT.items()))
     buttons = _buttons("erase", "Compute and preview")
     slider = gr.ImageSlider(
         label="Before | after",

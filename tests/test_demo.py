@@ -18,6 +18,7 @@ from diffaccel import GuidanceInterval, Recipe, SkipCache, metadata
 from diffaccel.demo import actions, batching, comparing, erasing, exploring, fields, markup, recipes
 from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Engine, PageError, Watch
 from diffaccel.demo.sessions import KEPT_RUNS, Session, Sessions
+from diffaccel.erasure.settings import METHODS
 from diffaccel.errors import DiffaccelError, RecipeError
 from diffaccel.method import Method, registry
 from diffaccel.recipe import presets
@@ -375,6 +376,28 @@ def test_an_edit_acts_on_its_session_only(engine, session, tmp_path):
     erasing.undo(session)
     again = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), warm=False)
     assert again.plain.image.tobytes() == found.before.image.tobytes()
+
+
+@pytest.mark.parametrize(("anchor", "method"), [("square", "context"), ("", "uce")])
+def test_without_a_choice_the_edit_is_that_of_python(engine, session, anchor, method):
+    found = erasing.erase(
+        engine,
+        session,
+        "shapes-sd",
+        Ask.of(prompt="a red circle", steps=1),
+        erasing.Request.of("circle, star", "heart", anchor, erasing.AUTOMATIC, "ridge=0.2"),
+        Watch(),
+    )
+    assert found.edit.method == method
+    pipe = diffaccel.load_miniature("shapes-sd")
+    assert (
+        found.edit.digest == diffaccel.erase(pipe, ["circle", "star"], keep=["heart"], anchor=anchor, ridge=0.2).digest
+    )
+    assert f"{method}: the picture changed" in found.figures()
+
+
+def test_every_erasure_method_is_described():
+    assert set(erasing.ABOUT) == {erasing.AUTOMATIC, *METHODS}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def test_every_action_has_a_name(client):
     assert not [name for name in known if "lambda" in name or "check_recipe" in name]
 
 
+def test_erasing_begins_with_the_choice_of_python(client):
+    known = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/erase"]["parameters"]
+    (method,) = [entry for entry in known if entry["label"] == "Method"]
+    assert method["parameter_default"] == "automatic"
+
+
 def test_compare_by_name(client):
     result = client.predict(*PICTURE, "fewer-steps", False, api_name="/compare")
     plain, fast = (metadata.read(path_of(item)) for item in result[4:6])
