@@ -124,7 +124,7 @@ def _print_summary(reports: list[Report], images: int, recipe: str) -> None:
     table = Table("recipe", "pictures", "seconds", "steps", "evaluations", "rows", "FLOPs", "plain / run")
     flops, plain = sum(r.flops for r in reports), sum(r.flops_plain for r in reports)
     table.add_row(
-        recipe,
+        escape(recipe),
         str(images),
         f"{sum(r.seconds for r in reports):.2f}",
         str(sum(r.steps for r in reports)),
@@ -242,6 +242,8 @@ def recipes(
     """List the presets, show one recipe as JSON, or check a recipe file."""
     from diffaccel.recipe import Recipe, presets, resolve_recipe
 
+    if check is not None and name is not None:
+        raise typer.BadParameter("give a recipe to show or --check with a file, not both.")
     if check is not None:
         typer.echo(f"{check} is a valid recipe: {Recipe.load(check).describe()}")
     elif name is not None:

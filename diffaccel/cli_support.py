@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -78,6 +79,12 @@ def print_version(value: bool) -> None:
         raise typer.Exit
 
 
+def _check_finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None:
@@ -91,7 +98,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Bundled model, folder
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if missing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist already.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")]
+Guidance = Annotated[
+    float | None, typer.Option(callback=_check_finite, help="Guidance scale; default: the pipeline's own.")
+]
 Negative = Annotated[str, typer.Option(help="What not to draw.")]
 Size = Annotated[Any, typer.Option(parser=_parse_size, metavar="WxH", help="Picture size; default: the model's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the first picture; picture i gets seed + i.")]
@@ -119,7 +128,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("warming up", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=escape(name))
 
 
 def console(file: TextIO | None = None) -> Console:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from diffaccel.model_map import ModelMap
 from diffaccel.run import Layer, Run
@@ -20,6 +20,18 @@ class Method(BaseModel):
 
     name: ClassVar[str]
     layer: ClassVar[Layer]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would take true for 1, which is the off value of some settings
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        if (
+            any(isinstance(item, bool) for item in values)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("true and false are no values of this setting")
+        return value
 
     @property
     @abstractmethod

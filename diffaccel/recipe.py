@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method, registry
@@ -82,6 +82,14 @@ class Recipe(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise _as_recipe_error("recipe", error) from error
+
+    @field_validator("name", "note")
+    @classmethod
+    def _check_text(cls, text: str, info: ValidationInfo) -> str:
+        # both are printed, and written into pictures as UTF-8
+        if not (text if info.field_name == "name" else "".join(text.split())).isprintable():
+            raise ValueError("only printable characters are allowed")
+        return text
 
     @field_validator("methods", "transformer_methods")
     @classmethod
@@ -170,11 +178,12 @@ class Recipe(BaseModel):
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise RecipeError(f"cannot read the recipe {path}: {reason}.") from error
         try:
-            return cls.from_dict(json.loads(text))._with(lambda method: method.located(Path(path).parent))
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path} is not valid JSON: {error}.") from error
+            data = json.loads(text, object_pairs_hook=_each_once)
         except RecursionError as error:
             raise RecipeError(f"{path} is not a recipe: it is nested too deeply.") from error
+        except ValueError as error:  # no JSON, or a number with thousands of digits
+            raise RecipeError(f"{path} is not valid JSON: {error}.") from error
+        return cls.from_dict(data)._with(lambda method: method.located(Path(path).parent))
 
     def _with(self, change: Callable[[Method], Method]) -> Recipe:
         """The recipe with every method changed."""
@@ -192,6 +201,16 @@ class Recipe(BaseModel):
         if self.transformer_methods is None:
             return text
         return f"{text}; on transformers {_describe_all(self.transformer_methods)}"
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's reader would take the last of two equal keys and say nothing."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def _methods_to_list(methods: Iterable[Method]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from diffaccel import metadata
 from diffaccel.cli import app
 from diffaccel.errors import DiffaccelError
+from diffaccel.recipe import Recipe
 
 
 def run(*args):
@@ -136,6 +137,27 @@ def test_the_recipe_really_runs(tiny_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert metadata.read(tmp_path / "a-red-square-0.png").diffaccel["report"]["evaluations"] == 2
     assert "2.00x" in result.stdout
+
+
+def test_a_recipe_name_is_no_markup(tiny_folder, tmp_path):
+    """It is printed after the pictures were made, and as the name of what is being measured."""
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps({"schema": 1, "name": "[/b]", "methods": []}))
+    result = generate(tiny_folder, tmp_path, "--recipe", recipe, steps=1)
+    assert result.exit_code == 0, result.output
+    assert "[/b]" in result.stdout
+    result = compare(tiny_folder, tmp_path / "compared", "a red square", "-r", recipe, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_guidance_must_be_a_number(value, tmp_path, no_loading):
+    for command in ("generate", "compare"):
+        result = run(command, "a red square", f"--guidance={value}", "--output", tmp_path)
+        assert result.exit_code == 2
+        assert "not a finite number" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_scheduler_is_exchanged_and_recorded(tiny_folder, tmp_path):
@@ -407,6 +429,13 @@ def test_recipes_are_listed_shown_and_checked(tmp_path):
     assert checked.exit_code == 0
     assert "is a valid recipe" in checked.stdout
     assert json.loads(run("recipes", path).stdout) == json.loads(shown.stdout)
+
+
+def test_a_recipe_is_shown_or_a_file_checked(tmp_path):
+    Recipe().save(tmp_path / "r.json")
+    result = run("recipes", "balanced", "--check", tmp_path / "r.json")
+    assert result.exit_code == 2
+    assert "not both" in result.output
 
 
 def test_recipes_are_strict_json():

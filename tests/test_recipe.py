@@ -228,11 +228,22 @@ def test_the_order_given_does_not_matter():
         (entry(method="step_schedule", fraction=1.5), "step_schedule.fraction"),
         (entry(method="step_schedule", fraction=0.5, steps=10), "give fraction or steps, not both"),
         (entry(method="step_schedule", spacing="random"), "step_schedule.spacing"),
+        (entry(method="skip_cache", interval=True), "skip_cache.interval: true and false are no values"),
+        (entry(method="skip_cache", schedule=[0, True]), "skip_cache.schedule: true and false are no values"),
+        (entry(method="step_reuse", threshold=False), "step_reuse.threshold: true and false are no values"),
+        ({"schema": 1, "name": "\ud800"}, "recipe.name: only printable characters"),
+        ({"schema": 1, "name": "two\nlines"}, "recipe.name: only printable characters"),
+        ({"schema": 1, "note": "\x1b[31m"}, "recipe.note: only printable characters"),
     ],
     ids=str,
 )
 def test_wrong_contents_are_refused_by_name(data, words):
     assert words in refusal(Recipe.from_dict, data)
+
+
+def test_switches_and_notes_of_several_lines_are_taken():
+    recipe = Recipe.from_dict(entry(method="step_reuse", allow_stochastic=True) | {"note": "one\ntwo"})
+    assert recipe.methods[0].allow_stochastic is True
 
 
 @pytest.mark.parametrize("value", [0.9, -0.5, "much", None])
@@ -311,6 +322,11 @@ def test_names_and_paths(tmp_path):
         ("{}".encode("utf-8-sig"), "is not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "JSON object, not list"),
+        (
+            b'{"schema": 1, "methods": [{"method": "skip_cache", "interval": 3, "interval": 4}]}',
+            "'interval' is given twice",
+        ),
+        (b'{"schema": 1, "name": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     ],
     ids=str,
 )
