@@ -62,6 +62,8 @@ class AcceleratedPipeline:
         convention = model.convention
         networks = _describe_work(model)
         if networks != self._networks:
+            for method in self.recipe.methods:
+                method.check(model)
             self._ledger, self._measured, self._networks = FlopLedger(), {}, networks
         clock = Clock(
             self.pipe.scheduler,

@@ -384,6 +384,26 @@ def test_components_may_be_exchanged_between_calls():
     assert fast.report.completed
 
 
+def test_an_exchanged_network_is_checked_again():
+    fast = diffaccel.wrap(tiny_pipeline("sd"), [SkipCache(depth=8)])
+    fast.unet = tiny_unet(seed=9, layers=1)
+    with pytest.raises(Unsupported, match="depth 8 does not exist; this UNet has depths 0 to 5"):
+        run(fast, "sd")
+
+
+def test_removed_skip_branches_are_noticed():
+    """Without them a cached step would know nothing of its latents."""
+    pipe = tiny_transformer("sd3")
+    diffaccel.add_skip_branches(pipe.transformer)
+    fast = diffaccel.wrap(pipe, [SkipCache(depth=1)])
+    run_transformer(fast, "sd3", steps=9)
+    assert fast.report.methods["skip_cache"]["cached"] > 0
+    diffaccel.remove_skip_branches(pipe.transformer)
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="needs long skips"):
+            run_transformer(fast, "sd3", steps=9)
+
+
 # --- the wrapper itself ---
 
 

@@ -17,6 +17,8 @@ from diffusers import (
 from diffusers.schedulers import AysSchedules
 from independent import counted_rows, network_flops
 from tiny import DDIM, KINDS, run, tiny_inputs, tiny_pipeline
+from tiny_transformers import run as transformer_run
+from tiny_transformers import tiny_pipeline as tiny_transformer
 
 import diffaccel
 from diffaccel import SkipCache, StepSchedule, Unsupported
@@ -72,6 +74,27 @@ def test_strength_is_respected(kind, strength):
         pipe(**tiny_inputs(kind, steps=12) | {"strength": strength})
     assert reduced == int(6 * strength) < len(rows)
     assert fast.report.flops_ratio == pytest.approx(len(rows) / reduced)
+
+
+@pytest.mark.parametrize("kind", ["sd3-img2img", "flux-img2img"])
+def test_pipelines_that_round_up(kind):
+    """At strength 0.55 they run 6 of 10 steps, and 3 of 5."""
+    pipe = tiny_transformer(kind)
+    fast = diffaccel.wrap(pipe, StepSchedule(fraction=0.5))
+    transformer_run(fast, kind, steps=10, strength=0.55)
+    assert fast.report.steps == 3
+    assert fast.report.flops_ratio == pytest.approx(2.0)
+    calls = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    transformer_run(pipe, kind, steps=10, strength=0.55)
+    handle.remove()
+    assert len(calls) == 2 * fast.report.evaluations
+
+
+def test_a_strength_that_leaves_nothing_is_refused():
+    fast = diffaccel.wrap(tiny_pipeline("sd-img2img"), StepSchedule(fraction=0.5))
+    with pytest.raises(Unsupported, match="nothing is left of 5 instead of 10 steps"):
+        fast(**tiny_inputs("sd-img2img", steps=10) | {"strength": 0.1})
 
 
 def test_the_default_number_of_steps_is_the_pipelines():

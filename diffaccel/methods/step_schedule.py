@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,13 +64,12 @@ class StepSchedule(Method):
             raise Unsupported("step_schedule cannot be combined with timesteps or sigmas given in the call.")
         asked = int(_argument(pipe, arguments, "num_inference_steps"))
         count = self.steps or max(1, round(asked * self.fraction))
-        strength = 1.0
-        if hasattr(pipe, "get_timesteps") and arguments.get("denoising_start") is None:
-            strength = _argument(pipe, arguments, "strength") or 1.0
-        stock = evaluations(pipe.scheduler, asked, strength)
+        stock, reduced = evaluations(pipe, arguments, asked), evaluations(pipe, arguments, count)
+        if stock and not reduced:
+            raise Unsupported(f"step_schedule: at this strength nothing is left of {count} instead of {asked} steps.")
         if self.spacing is not None and self.spacing != "ays":
             replace_spacing(pipe.scheduler, self.spacing, seams)
-        run.plain_ratio = stock / evaluations(pipe.scheduler, count, strength)
+        run.plain_ratio = stock / max(reduced, 1)
         run.counters[self.name] = {"steps asked": asked, "steps run": count}
         if self.spacing == "ays":
             return arguments | {"timesteps": published_timesteps(pipe, count)}
@@ -82,17 +82,29 @@ def _argument(pipe: Any, arguments: dict[str, Any], name: str) -> Any:
     return arguments.get(name, parameter.default if parameter else None)
 
 
-def evaluations(scheduler: Any, steps: int, strength: float = 1.0) -> int:
-    """Denoiser evaluations that `steps` solver steps take (Heun: 2N - 1, PNDM: N + 1), asked of a copy.
+def evaluations(pipe: Any, arguments: dict[str, Any], steps: int) -> int:
+    """Denoiser evaluations that `steps` solver steps take (Heun: 2N - 1, PNDM: N + 1), asked of a copy of the scheduler.
 
-    With a strength below 1 the first steps are left out, by the rule of diffusers' `get_timesteps`.
+    Which of them image-to-image leaves out is asked of the pipeline: diffusers rounds it down in some and up in others.
     """
+    scheduler = pipe.scheduler
     twin = type(scheduler).from_config(scheduler.config)
     # dynamic shifting needs the picture size, which changes the noise levels but not their number
     keywords = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
     twin.set_timesteps(steps, **keywords)
-    left_out = steps - min(int(steps * strength), steps)
-    return max(len(twin.timesteps) - left_out * int(getattr(twin, "order", 1)), 1)
+    strength = _argument(pipe, arguments, "strength")
+    if strength is None or not hasattr(pipe, "get_timesteps"):
+        return len(twin.timesteps)
+    facts = {
+        "num_inference_steps": steps,
+        "timesteps": twin.timesteps,
+        "strength": strength,
+        "device": "cpu",
+        "denoising_start": arguments.get("denoising_start"),
+    }
+    asked = {name: facts[name] for name in inspect.signature(pipe.get_timesteps).parameters}
+    # it reads nothing of the pipeline but the scheduler
+    return len(type(pipe).get_timesteps(SimpleNamespace(scheduler=twin), **asked)[0])
 
 
 def replace_spacing(scheduler: Any, spacing: str, seams: Seams) -> None:
