@@ -18,7 +18,7 @@ import diffaccel
 from diffaccel import seams
 from diffaccel.erasure import EditError, ErasureError
 from diffaccel.erasure.apply import applied_edits
-from diffaccel.errors import Unsupported
+from diffaccel.errors import DiffaccelError, Unsupported
 from diffaccel.methods.guidance_interval import GuidanceInterval
 
 torch.set_num_threads(1)
@@ -293,3 +293,40 @@ def test_two_threads_apply_one_after_the_other(monkeypatch):
     for edit in edits:
         diffaccel.remove_edit(pipe, edit)
     assert same_weights(pipe, base)
+
+
+# --- proofs ---
+
+
+def prove(pipe, edit, **options):
+    return edit.prove(pipe, **{"prompts": 1, "attacks": (), "steps": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": 2}, "sets prompt itself; its phrases are in templates"),
+        ({"guidance_scale": 2.0}, "sets guidance_scale itself; give guidance"),
+        ({"num_inference_steps": 4}, "sets num_inference_steps itself; give steps"),
+        (
+            {"kept_phrases": ["dog"]},
+            "There is no option 'kept_phrases', of a proof or of a call of StableDiffusionPipeline",
+        ),
+        ({"attacks": "closed"}, "There is no attack 'closed'; choose"),
+        ({"form": "weight"}, "'weights' or 'map', not 'weight'"),
+    ],
+)
+def test_misspelt_options_of_a_proof_are_refused_before_drawing(text_pipe, monkeypatch, options, sentence):
+    edit = random_edit(text_pipe)
+    monkeypatch.setattr(type(text_pipe.unet), "forward", lambda *args, **kwargs: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match=sentence):
+        prove(text_pipe, edit, **options)
+
+
+def test_an_edit_of_another_model_is_refused_before_drawing(text_pipe, monkeypatch):
+    edit, alien = random_edit(text_pipe), random_edit(tiny_pipeline("sdxl"))
+    monkeypatch.setattr(type(text_pipe.unet), "forward", lambda *args, **kwargs: pytest.fail("it drew"))
+    with pytest.raises(Unsupported, match=r"does not fit this StableDiffusionPipeline"):
+        prove(text_pipe, alien)
+    with pytest.raises(DiffaccelError, match=r"prove on the pipeline inside, fast\.pipe"):
+        prove(diffaccel.wrap(text_pipe, GuidanceInterval(low=0.3, high=5.0)), edit)

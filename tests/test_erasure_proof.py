@@ -15,6 +15,7 @@ from PIL import Image
 from spelling import spelling_folder
 from torch import Tensor, nn
 
+import diffaccel.wrapping  # noqa: F401  (whole, before the fixture replaces a part of it)
 from diffaccel.erasure import probes as probing
 from diffaccel.erasure import proof as proving
 from diffaccel.erasure.apply import applied_edits, apply_edit

@@ -53,8 +53,7 @@ def apply_edit(pipe: Any, edit: Edit | str | os.PathLike[str], *, form: Form | s
         Unsupported: another base, applied already, or something is in the way that the sentence names.
     """
     edit = _read(edit)
-    if form not in FORMS:
-        raise EditError(f"an edit is applied in the form 'weights' or 'map', not {form!r}.")
+    check_form(form)
     name, network = network_of(pipe, edit)
     with _ONE_AT_A_TIME:
         _add(network, name, edit, form)
@@ -114,6 +113,12 @@ def applied_edits(pipe: Any) -> tuple[tuple[Edit, Form], ...]:
         *((edit, "weights") for one in both for edit in one.written),
         *((e, "map") for one in both for e in one.mapped),
     )
+
+
+def check_form(form: str) -> None:
+    """Raises EditError unless there is such a form."""
+    if form not in FORMS:
+        raise EditError(f"an edit is applied in the form 'weights' or 'map', not {form!r}.")
 
 
 def check_fit(network: nn.Module, edit: Edit, form: str, *, bases: bool = True) -> None:

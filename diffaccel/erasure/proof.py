@@ -7,6 +7,7 @@ prompts and attacks it names; it does not show that the knowledge is gone from t
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,10 +103,12 @@ def prove(
         ProofError: settings that make no proof.
         Unsupported: from `apply_edit`.
     """
+    attacks = (attacks,) if isinstance(attacks, str) else attacks
     unknown = [name for name in attacks if name not in attacking.BY_NAME]
     if unknown or prompts < 1 or attack_prompts < 1 or steps < 1 or batch_size < 1:
         problem = f"There is no attack {unknown[0]!r}; choose {', '.join(attacking.BY_NAME)}." if unknown else None
         raise ProofError(problem or "Prompts, steps and batch size must be 1 or more.")
+    _check_call(pipe, call)
     drawing, budget = Drawing(steps, guidance, seed, batch_size, call), budget or Budget()
     recogniser = find_recogniser(pipe, judge, classifier, features)
     means = Means(recogniser, features, clip, None if reference is None else Path(reference))
@@ -113,12 +116,12 @@ def prove(
     check_reference(means, probes)
     chosen = [i for i, probe in enumerate(probes) if probe.role == "erased"]
     chosen = chosen[:: max(1, len(chosen) // attack_prompts)][:attack_prompts]
-    with untouched(pipe), without_edit(pipe, edit) as applied:
+    with untouched(pipe), without_edit(pipe, edit, form) as applied:
         on_progress(0, 3, "before")
         states = null_states(pipe, drawing, notes)
         before = _Drawn(draw(pipe, [p.prompt for p in probes], drawing), [m.prediction for m in states[0]])
         material = _material(pipe, probes, chosen, drawing, budget, notes) if attacks else None
-        with applied(form):
+        with applied():
             on_progress(1, 3, "after")
             after = _Drawn(draw(pipe, [p.prompt for p in probes], drawing), predict(pipe, *states))
             on_progress(2, 3, "attacks")
@@ -140,6 +143,33 @@ def prove(
         after=after.pictures,
     )
 
+
+def _check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Pipelines swallow arguments that they do not know, so a misspelt option of `prove` would go unnoticed."""
+    from diffaccel.wrapping import AcceleratedPipeline  # noqa: PLC0415  (it imports this package)
+
+    if isinstance(pipe, AcceleratedPipeline):
+        raise ProofError("A proof is about a model and an edit alone: prove on the pipeline inside, fast.pipe.")
+    known = {
+        name
+        for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()
+        if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    }
+    for name in call:
+        if name in _OWN:
+            raise ProofError(f"A proof sets {name} itself{_OWN[name]}.")
+        if name not in known:
+            raise ProofError(f"There is no option {name!r}, of a proof or of a call of {type(pipe).__name__}.")
+
+
+_OWN = {
+    "self": "",
+    "prompt": "; its phrases are in templates, kept and neighbours",
+    "num_inference_steps": "; give steps",
+    "guidance_scale": "; give guidance",
+    "generator": "; give seed",
+    "output_type": "",
+}
 
 NOBODY = "Nobody decided what the pictures show: no judge fits this model and no classifier was given, so look at the pictures."
 

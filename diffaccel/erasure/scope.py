@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.live import network_of
 from diffaccel.seams import Seams
 
 
@@ -30,12 +32,17 @@ def untouched(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
-    """The pipeline without this edit; gives what applies it for a while. At the end it is applied if it was before."""
+def without_edit(pipe: Any, edit: Any, form: str) -> Iterator[Callable[[], Any]]:
+    """The pipeline without this edit; gives what applies it for a while. At the end it is applied if it was before.
+
+    Raises:
+        EditError: there is no such form.
+        Unsupported: the edit could not be applied, said before anything is drawn.
+    """
     from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit  # noqa: PLC0415
 
     @contextmanager
-    def applied(form: str) -> Iterator[None]:
+    def applied() -> Iterator[None]:
         apply_edit(pipe, edit, form=form)
         try:
             yield
@@ -46,7 +53,16 @@ def without_edit(pipe: Any, edit: Any) -> Iterator[Callable[[str], Any]]:
     if forms:
         remove_edit(pipe, edit)
     try:
+        if isinstance(edit, Edit):
+            _check(pipe, edit, form)
         yield applied
     finally:
         if forms:
             apply_edit(pipe, edit, form=forms[0])
+
+
+def _check(pipe: Any, edit: Edit, form: str) -> None:
+    from diffaccel.erasure.apply import check_fit, check_form  # noqa: PLC0415
+
+    check_form(form)
+    check_fit(network_of(pipe, edit)[1], edit, form)
