@@ -194,6 +194,7 @@ def launch_inverse_norms(tokens: Tensor) -> Tensor:
         ROWS=_NORM_ROWS,
         COLUMNS=min(_NORM_COLUMNS, triton.next_power_of_2(channels)),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -84,17 +84,24 @@ def _without_browser() -> str:
     return "" if find_chromium() else f"no Chromium was found on the path or under {VARIABLE}"
 
 
+def _without_gpu() -> str:
+    """Why the GPU tests cannot run here; empty if they can."""
+    import torch
+
+    return "" if torch.cuda.is_available() and torch.version.cuda else "torch finds no CUDA device"
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave browser tests out where there is no browser; the summary says so."""
-    reason = _without_browser() if any("browser" in item.keywords for item in items) else ""
-    if reason:
-        left_out = [item for item in items if item.get_closest_marker("browser")]
-        items[:] = [item for item in items if not item.get_closest_marker("browser")]
-        config.hook.pytest_deselected(items=left_out)
+    """Leave browser tests out where there is no browser, GPU tests where there is no GPU; the summary says so."""
+    for marker, missing in (("browser", _without_browser), ("gpu", _without_gpu)):
+        if any(marker in item.keywords for item in items) and missing():
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A line that a reader of the summary cannot miss."""
-    reason = _without_browser()
-    if reason:
-        terminalreporter.write_line(f"browser tests left out: {reason}", yellow=True)
+    """Lines that a reader of the summary cannot miss."""
+    for name, reason in (("browser", _without_browser()), ("GPU", _without_gpu())):
+        if reason:
+            terminalreporter.write_line(f"{name} tests left out: {reason}", yellow=True)

@@ -37,7 +37,8 @@ def guarded(tensor: torch.Tensor, pad: int = 3) -> torch.Tensor:
     if tensor.dtype in (torch.int8, torch.uint8):
         fill = torch.iinfo(tensor.dtype).max
     pads = [*[pad] * (tensor.dim() - 1), 8]  # a row of 8 n elements stays aligned, as kernels want it
-    buffer = torch.full([size + 2 * p for size, p in zip(tensor.shape, pads, strict=True)], fill, dtype=tensor.dtype)
+    sizes = [size + 2 * p for size, p in zip(tensor.shape, pads, strict=True)]
+    buffer = torch.full(sizes, fill, dtype=tensor.dtype, device=tensor.device)
     view = buffer[tuple(slice(p, p + size) for size, p in zip(tensor.shape, pads, strict=True))]
     view.copy_(tensor)
     return view
