@@ -146,6 +146,7 @@ class Actions:
 
         def start(request: gr.Request, preset: str, methods: list[str], *shown: Any) -> tuple[Update, ...]:
             session = self.session(request)
+            session.problem = ""  # what the server refuses before an action starts leaves no sentence of its own
             with self._readable(session):
                 text = self._json(self._recipe(preset, methods, shown))
             session.prepare(tab)
@@ -160,7 +161,8 @@ class Actions:
 
     def failed(self, request: gr.Request) -> tuple[Update, Update, Update]:
         """The run was refused or broke: why, and its buttons are back."""
-        return self.problem(request), gr.update(interactive=True), gr.update(interactive=False)
+        known = self.problem(request) or message("A value was refused; the notice says why.", "bad")
+        return known, gr.update(interactive=True), gr.update(interactive=False)
 
     @contextmanager
     def _run(
@@ -302,7 +304,8 @@ class Actions:
             return ""
         try:
             options = _options("", seed, steps, guidance, width, height, format, metadata)
-            return batching.preview(batching.check(session, file, options))
+            with session.passing_folder() as folder:
+                return batching.preview(batching.check(folder, file, options))
         except BatchError as error:
             return _problems(error)
         except DiffaccelError as error:

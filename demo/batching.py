@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel.batch import BatchPlan, BatchProgress, BatchReport, BatchSettings, plan_batch, run_batch
+from diffaccel.batch import BatchError, BatchPlan, BatchProgress, BatchReport, BatchSettings, plan_batch, run_batch
 from diffaccel.demo.engine import Engine, PageError, Watch
 from diffaccel.demo.markup import notes, table, tiles
 from diffaccel.demo.sessions import Session
@@ -63,9 +63,11 @@ class Batched:
         return shown + failed + notes([*report.notes, *([report.stopped] if report.stopped else [])])
 
 
-def check(session: Session, file: str | None, options: Options) -> BatchPlan:
-    """Read the list and check every row. The list lies in a folder of its own, so rows can name no other file.
+def check(folder: Path, file: str | None, options: Options) -> BatchPlan:
+    """Read the list and check every row.
 
+    Args:
+        folder: an empty one that gets a copy of the list, so that rows can name no other file.
     Raises:
         PageError: no list, of an unknown kind, too large, or beyond the limits of the page.
         BatchError: all that is wrong with its rows, by row.
@@ -77,7 +79,6 @@ def check(session: Session, file: str | None, options: Options) -> BatchPlan:
         raise PageError(f"A list is one of {', '.join(KINDS)}, not {path.suffix or 'a file without extension'}.")
     if path.stat().st_size > MOST_BYTES:
         raise PageError(f"This list is larger than {MOST_BYTES // 1024 // 1024} MB; use diffaccel batch for it.")
-    folder = session.new_folder()
     source = folder / f"list{path.suffix.lower()}"
     shutil.copyfile(path, source)
     settings = BatchSettings(
@@ -89,7 +90,12 @@ def check(session: Session, file: str | None, options: Options) -> BatchPlan:
         format=options.format,
         metadata=options.metadata,
     )
-    return _within_limits(plan_batch(source, folder / "pictures", settings))
+    try:
+        return _within_limits(plan_batch(source, folder / "pictures", settings))
+    except BatchError as error:
+        if error.problems:
+            raise
+        raise PageError(str(error).replace(str(source), "the list")) from error  # where the server keeps it is its own
 
 
 def _within_limits(plan: BatchPlan) -> BatchPlan:
@@ -114,7 +120,7 @@ def run(
     if options.guidance is None:
         guidance = default_guidance(engine.resolve(model))
         options = Options(**{**vars(options), "guidance": guidance})
-    plan = check(session, file, options)
+    plan = check(session.new_folder(), file, options)
     watch.total = len(plan.rows)
     watch.show(0, watch.total, f"loading {Path(model).name}")
 

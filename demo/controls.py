@@ -76,7 +76,7 @@ def picture_controls(actions: Actions) -> Picture:
 
 def _numbers() -> dict[str, Any]:
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
+        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")  # its bounds are those of `Ask`
         steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=180, scale=2, elem_id="steps")
     with gr.Accordion("Size and guidance", open=False, elem_id="more"), gr.Row():
         own = "model's own"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel import generate as work
 from diffaccel.errors import DiffaccelError
@@ -54,6 +54,13 @@ class Ask(BaseModel):
     width: int | None = Field(default=None, ge=16, le=2048)
     height: int | None = Field(default=None, ge=16, le=2048)
 
+    @field_validator("prompt", "negative")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        if "\0" in text:
+            raise ValueError("it holds a NUL character")
+        return text
+
     @classmethod
     def of(cls, **values: Any) -> Ask:
         """Checked values.
@@ -68,7 +75,8 @@ class Ask(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else "input"
             if name == "prompt" and first["type"] == "string_too_short":
                 raise PageError("Write a prompt first: what shall be drawn?") from error
-            raise PageError(f"{name.capitalize()}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from error
+            said = first["msg"].removeprefix("Value error, ")
+            raise PageError(f"{name.capitalize()}: {said[:1].lower()}{said[1:]}.") from error
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -146,12 +154,14 @@ class Engine:
                 found.append((label, str(index.parent)))
         return found
 
-    def resolve(self, name: str) -> str:
+    def resolve(self, name: object) -> str:
         """A bundled name, or the resolved path of a folder on the allow-list.
 
         Raises:
             PageError: anything else. What exists outside of the list is not told.
         """
+        if not isinstance(name, str):
+            raise PageError("Choose a model first.")
         if name in NAMES:
             return name
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
 from diffaccel.demo.actions import Actions
@@ -33,4 +35,20 @@ def build(actions: Actions) -> gr.Blocks:
         wire_recipe(page, actions, picture, switches)
         page.unload(actions.leave)
     page.queue(max_size=64, default_concurrency_limit=4)
+    for block in page.blocks.values():
+        _refuse_addresses(block)
     return page
+
+
+def _refuse_addresses(block: Any) -> None:
+    """A client may write an address where a file belongs, and gradio would fetch it; this server asks no other machine."""
+    keep = getattr(block, "async_move_resource_to_block_cache", None)
+    if keep is None:
+        return
+
+    async def keep_local(place: Any) -> Any:
+        if str(place).lower().startswith(("http://", "https://")):
+            raise gr.Error("Upload the file itself: this server fetches no addresses.", print_exception=False)
+        return await keep(place)
+
+    block.async_move_resource_to_block_cache = keep_local

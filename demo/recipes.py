@@ -29,12 +29,14 @@ def preset(name: str, engine: Engine, model: str) -> Recipe:
     return for_model(known[name], engine, model)
 
 
-def from_text(text: str, engine: Engine, model: str) -> Recipe:
+def from_text(text: object, engine: Engine, model: str) -> Recipe:
     """From JSON, or from a preset's name.
 
     Raises:
         PageError, RecipeError: too long, no JSON, or no valid recipe.
     """
+    if not isinstance(text, str):
+        raise PageError("A recipe is the name of a preset or JSON as text.")
     if text.strip() in presets():
         return preset(text.strip(), engine, model)
     if len(text.encode(errors="replace")) > MOST_BYTES:

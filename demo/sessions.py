@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,12 @@ class Session:
         made = self.folder / f"{number:05d}"
         made.mkdir()
         return made
+
+    @contextmanager
+    def passing_folder(self) -> Iterator[Path]:
+        """A folder that goes with the block; looking at lists must not push out the results of runs."""
+        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
 
     def with_edit(self, recipe: Recipe) -> Recipe:
         """The recipe with this session's applied edit in it; the model itself is never changed."""

@@ -180,6 +180,15 @@ def test_the_plain_picture_is_the_stock_picture(engine, tiny, tmp_path):
     assert str(tmp_path) not in json.dumps(found.diffaccel)
 
 
+@pytest.mark.parametrize("wrong", [None, 3, ["shapes-sd"], {"a": 1}])
+def test_what_is_no_text_is_refused_in_words(engine, wrong):
+    """A client may send anything; a browser sends nothing for an emptied list."""
+    with pytest.raises(PageError, match="Choose a model first"):
+        engine.resolve(wrong)
+    with pytest.raises(PageError, match="name of a preset or JSON"):
+        recipes.from_text(wrong, engine, "shapes-sd")
+
+
 @pytest.mark.parametrize("name", ["/etc", "..", "nobody/model", "", "\0", "~root", "tiny-sd/../../.."])
 def test_only_listed_models_load(engine, name):
     with pytest.raises(PageError, match="no model this page may load"):
@@ -245,6 +254,8 @@ def test_one_run_at_a_time(engine, tiny):
         ({"prompt": "x", "steps": 0}, "Steps: "),
         ({"prompt": "x", "steps": 10**9}, "Steps: "),
         ({"prompt": "x", "seed": -1}, "Seed: "),
+        ({"prompt": "a\0b"}, "^Prompt: it holds a NUL character.$"),
+        ({"prompt": "x", "negative": "\ud800"}, "^Negative: input should be a valid string"),
         ({"prompt": "x", "width": 100_000, "height": 64}, "Width: "),
         ({"prompt": "x", "guidance": float("nan")}, "Guidance: "),
     ],
@@ -418,7 +429,7 @@ def test_a_batch_is_zipped_with_its_manifest(engine, tiny, session, tmp_path):
     source = tmp_path / "rows.csv"
     source.write_text("prompt,steps\na,2\nb,1\n")
     options = batching.Options(seed=5, steps=2)
-    assert "2 rows, all valid" in batching.preview(batching.check(session, str(source), options))
+    assert "2 rows, all valid" in batching.preview(batching.check(session.new_folder(), str(source), options))
     done = batching.run(engine, session, tiny, str(source), PLAIN, options, Watch())
     assert done.report.exit_code == 0
     assert [metadata.read(path).diffaccel["seed"] for path in done.pictures] == [5, 6]
@@ -445,7 +456,26 @@ def test_a_batch_is_zipped_with_its_manifest(engine, tiny, session, tmp_path):
 def test_lists_beyond_the_limits_are_refused(session, tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     with pytest.raises(DiffaccelError, match=sentence):
-        batching.check(session, str(tmp_path / name), batching.Options())
+        batching.check(session.new_folder(), str(tmp_path / name), batching.Options())
+
+
+def test_what_is_wrong_with_a_list_names_no_place_on_the_server(session, tmp_path):
+    (tmp_path / "list.csv").write_bytes(b"prompt\n\xff\n")
+    with pytest.raises(PageError) as refused:
+        batching.check(session.new_folder(), str(tmp_path / "list.csv"), batching.Options())
+    assert str(refused.value) == "the list is not a text file in UTF-8."
+
+
+def test_looking_at_lists_pushes_out_no_results(engine, tmp_path):
+    """A batch may run for long; each look at another list took one of the folders that a visitor has."""
+    acting, request = actions.Actions(engine, Sessions(tmp_path / "sessions")), SimpleNamespace(session_hash="somebody")
+    (tmp_path / "list.txt").write_text("a red square\n")
+    running = acting.session(request).new_folder()
+    for _ in range(KEPT_RUNS + 1):
+        shown = acting.check_batch(str(tmp_path / "list.txt"), 0, 2, None, None, None, "png", True, request)
+        assert "1 rows, all valid" in shown
+    assert running.is_dir()
+    assert list(running.parent.iterdir()) == [running]
 
 
 def test_errors_are_one_sentence():

@@ -161,16 +161,35 @@ def test_actions_read_no_files_of_the_machine(address, client, tmp_path):
     (tmp_path / "mine.txt").write_text("a secret of this machine")
     cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
     file = {"path": str(tmp_path / "mine.txt"), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [file, 0, 2, None, None, None, "png", True]}).encode()
-    headers = {"Cookie": cookie, "Content-Type": "application/json"}
-    call = urllib.request.Request(f"{address}gradio_api/call/check_batch", data=body, headers=headers)
-    with urllib.request.urlopen(call, timeout=20) as answer:
-        event = json.loads(answer.read())["event_id"]
-    result = urllib.request.Request(f"{address}gradio_api/call/check_batch/{event}", headers=headers)
-    with urllib.request.urlopen(result, timeout=20) as answer:
-        said = answer.read().decode()
+    said = called(address, cookie, "check_batch", [file, 0, 2, None, None, None, "png", True])
     assert "event: error" in said
     assert "secret" not in said
+
+
+@pytest.mark.parametrize("place", ["https://example.com/rows.txt", "http://127.0.0.1:9/rows.txt"])
+@pytest.mark.parametrize("action", ["check_batch", "upload_recipe", "compare"])
+def test_the_server_fetches_no_addresses(address, client, place, action):
+    """Gradio fetches what a client names by its address, wherever in the input it stands."""
+    cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    file = {"path": place, "meta": {"_type": "gradio.FileData"}}
+    data = {
+        "check_batch": [file, 0, 2, None, None, None, "png", True],
+        "upload_recipe": [file, "shapes-sd"],
+        "compare": ["shapes-sd", file, *PICTURE[2:], "off", False],
+    }
+    assert "this server fetches no addresses" in called(address, cookie, action, data[action])
+
+
+def called(address: str, cookie: str, action: str, data: list[Any]) -> str:
+    """What the server answers to a call by hand."""
+    headers = {"Cookie": cookie, "Content-Type": "application/json"}
+    body = json.dumps({"data": data}).encode()
+    call = urllib.request.Request(f"{address}gradio_api/call/{action}", data=body, headers=headers)
+    with urllib.request.urlopen(call, timeout=20) as answer:
+        event = json.loads(answer.read())["event_id"]
+    result = urllib.request.Request(f"{address}gradio_api/call/{action}/{event}", headers=headers)
+    with urllib.request.urlopen(result, timeout=20) as answer:
+        return str(answer.read().decode())
 
 
 def test_uploads_have_a_limit(client, tmp_path):

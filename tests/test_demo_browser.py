@@ -172,6 +172,16 @@ def test_wrong_inputs_are_sentences(visit):
     assert "1 evaluations" in visitor.text("compare-steps")
 
 
+def test_each_refusal_has_its_own_sentence(visit):
+    """What gradio refused by itself left the sentence of the refusal before."""
+    visitor = visit()
+    visitor.type("prompt", "")
+    visitor.run("compare", "Write a prompt first")
+    visitor.type("prompt", "a red square")
+    visitor.type("seed", "-3")
+    visitor.run("compare", "Seed: input should be greater than or equal to 0")
+
+
 def test_a_recipe_goes_out_and_comes_back(visit, tmp_path):
     visitor = visit()
     visitor.choose("preset", "fast")
