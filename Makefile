@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/diffaccel showcase --output out
+	$(BIN)/diffaccel showcase --output out --overwrite
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)

@@ -223,13 +223,13 @@ def _print_comparison(found: Comparison, output: Path) -> None:
 
 
 @app.command()
-def showcase(output: Output = Path("out"), debug: Debug = False) -> None:
+def showcase(output: Output = Path("out"), overwrite: Overwrite = False, debug: Debug = False) -> None:
     """Before and after on the bundled model: plain, balanced, and fewer steps that take equally long."""
     from diffaccel import compare as work
 
     quiet_libraries()
     with progress() as on_progress:
-        found = work.demo(output, on_progress=on_progress)
+        found = work.demo(output, overwrite=overwrite, on_progress=on_progress)
     _print_comparison(found, output)
 
 

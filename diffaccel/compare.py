@@ -204,6 +204,7 @@ def demo(
     prompts: int = 8,
     steps: int = 50,
     seed: int = 0,
+    overwrite: bool = False,
     on_progress: Progress = lambda done, total, name: None,
 ) -> Comparison:
     """Before and after on the bundled model: comparison.png and comparison.json in `out`.
@@ -212,13 +213,14 @@ def demo(
     prompts, half with one object and half with two.
 
     Raises:
-        DiffaccelError: the folder cannot be written to, or an extra is missing.
+        DiffaccelError: the folder cannot be written to, a file is there already and `overwrite` is not set, or an extra is
+            missing.
     """
     from diffaccel.miniatures import load_judge, load_miniature, recommended_guidance  # noqa: PLC0415
     from diffaccel.miniatures.scenes import held_out_prompts  # noqa: PLC0415
     from diffaccel.output import OutputFolder  # noqa: PLC0415
 
-    folder = OutputFolder(Path(out), overwrite=True)
+    folder = OutputFolder(Path(out), overwrite)
     picture, report = folder.claim("comparison.png"), folder.claim("comparison.json")
     found = compare(
         load_miniature("shapes-sd"),
@@ -230,6 +232,6 @@ def demo(
         judge=load_judge(),
         on_progress=on_progress,
     )
-    found.save_json(report)
-    found.save_picture(picture)
+    found.save_json(report, overwrite=overwrite)
+    found.save_picture(picture, overwrite=overwrite)
     return found

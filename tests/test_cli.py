@@ -401,12 +401,14 @@ def test_compare_judges_held_out_prompts(tmp_path):
     assert all(0 <= variant["accuracy"]["mean"] <= 1 for variant in found["variants"])
 
 
-def test_showcase_runs_again_over_its_own_results(tmp_path, monkeypatch):
+def test_showcase_replaces_results_only_when_asked(tmp_path, monkeypatch):
     import diffaccel.compare as work
 
     monkeypatch.setattr(work, "demo", functools.partial(work.demo, prompts=2, steps=10))
-    (tmp_path / "comparison.json").write_text("of the last demo")
-    result = run("showcase", "--output", tmp_path)
+    (tmp_path / "comparison.json").write_text("of hours of comparing")
+    assert_one_sentence(run("showcase", "--output", tmp_path), "comparison.json exists already", "--overwrite")
+    assert (tmp_path / "comparison.json").read_text() == "of hours of comparing"
+    result = run("showcase", "--output", tmp_path, "--overwrite")
     assert result.exit_code == 0, result.output
     names = {variant["name"] for variant in json.loads((tmp_path / "comparison.json").read_text())["variants"]}
     assert {"plain", "balanced"} < names

@@ -384,6 +384,8 @@ def test_noise_is_refused_unless_allowed():
     pipe.scheduler = EulerAncestralDiscreteScheduler(**BETAS)
     with pytest.raises(Unsupported, match="EulerAncestralDiscreteScheduler adds noise on every step"):
         diffaccel.wrap(pipe, StepReuse())
+    off = diffaccel.wrap(pipe, StepReuse(threshold=0))
+    assert torch.equal(picture(off, "sd", steps=4), picture(pipe, "sd", steps=4))
     fast = diffaccel.wrap(pipe, StepReuse(threshold=ALWAYS, allow_stochastic=True))
     picture(fast, "sd", steps=12)
     assert fast.report.methods["step_reuse"]["reused"] > 0

@@ -59,7 +59,8 @@ class StepReuse(Method):
         return self.threshold == 0
 
     def check(self, model: ModelMap) -> None:
-        self._refuse_noise(model.pipe.scheduler, 0.0)
+        if not self.is_off:
+            self._refuse_noise(model.pipe.scheduler, 0.0)
 
     def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
         self._refuse_noise(pipe.scheduler, float(arguments.get("eta") or 0.0))
