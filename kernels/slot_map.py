@@ -70,10 +70,20 @@ def select_best(score: Tensor, count: int, favoured: Tensor | None = None) -> Te
     key = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits).long()
     if favoured is not None:
         key = key + _FAVOURED * favoured
-    least = key.kthvalue(key.shape[1] - count + 1, dim=1, keepdim=True).values
+    least = _nth_largest(key, count) if key.device.type == "cpu" else _nth_largest_sorted(key, count)
     above, equal = key > least, key == least
     room = count - above.sum(dim=1, keepdim=True)
     return above | (equal & (equal.cumsum(dim=1) <= room))
+
+
+def _nth_largest(key: Tensor, count: int) -> Tensor:
+    """Of each row, (batch, 1)."""
+    return key.kthvalue(key.shape[1] - count + 1, dim=1, keepdim=True).values
+
+
+def _nth_largest_sorted(key: Tensor, count: int) -> Tensor:
+    """The same where `kthvalue` is missing (MPS) or refused in deterministic mode (CUDA)."""
+    return key.sort(dim=1, descending=True).values[:, count - 1 : count]
 
 
 def _require_sources(best: Tensor, removed: int) -> None:

@@ -92,6 +92,23 @@ def test_kernels_compile_for_gpus_that_are_not_here():
         assert found.registers > 0
 
 
+def test_which_devices_run_kernels(monkeypatch):
+    """NVIDIA's from compute capability 8.0 on; older ones, other makers' and processors take the torch path."""
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    found = {"at": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["at"])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert not triton_support.usable(tensor)  # the interpreter's variable is set, and it is for tests only
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    for at, runs in (((8, 0), True), ((12, 0), True), ((7, 5), False)):
+        found["at"] = at
+        assert triton_support.usable(tensor) == runs
+    found["at"] = (9, 4)  # what an AMD device calls itself
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not triton_support.usable(tensor)
+    assert not triton_support.usable(torch.zeros(1))
+
+
 def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
     """Triton launches on the current GPU; with a pipeline on the second one that would be another one's memory."""
     entered = []

@@ -105,6 +105,12 @@ def test_lists_of_any_stride():
     assert all(torch.equal(a, b) for a, b in zip(lists, member_lists(want[0], 44), strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_both_ways_to_the_nth_largest(count):
+    key = torch.randint(-5, 5, (3, 30), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(module._nth_largest(key, count), module._nth_largest_sorted(key, count))
+
+
 @pytest.mark.parametrize("removed", [-1, 49])
 def test_more_than_all_sources_cannot_be_merged(removed):
     *inputs, _ = problem(1, 48, 16)
