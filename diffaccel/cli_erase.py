@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 import warnings
 from enum import StrEnum
@@ -147,7 +149,7 @@ def _request(concepts: list[str], file: Path | None, keep: list[str], anchor: st
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise typer.BadParameter(f"{path} is not a text file in UTF-8.") from None
 
@@ -167,10 +169,12 @@ def _settings(given: list[str]) -> dict[str, Any]:
 
 
 def _file_name(concepts: list[Any]) -> str:
-    """no-circle-star.safetensors"""
+    """no-circle-star.safetensors; names that cannot be spelt in a-z get a number of their own"""
     from diffaccel.output import safe_name
 
-    return f"no-{safe_name('-'.join(getattr(item, 'target', item) for item in concepts))}.safetensors"
+    text = "-".join(getattr(item, "target", item) for item in concepts)
+    spelt = safe_name(text) if re.search("[a-z0-9]", text.lower()) else hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"no-{spelt}.safetensors"
 
 
 def _print_edit(edit: Any, seconds: float) -> None:

@@ -16,6 +16,7 @@ from tiny_text import tiny_text_pipeline
 
 import diffaccel
 from diffaccel import seams
+from diffaccel.cli_erase import _file_name, _lines
 from diffaccel.erasure import EditError, ErasureError
 from diffaccel.erasure.apply import applied_edits
 from diffaccel.errors import DiffaccelError, Unsupported
@@ -330,3 +331,71 @@ def test_an_edit_of_another_model_is_refused_before_drawing(text_pipe, monkeypat
         prove(text_pipe, alien)
     with pytest.raises(DiffaccelError, match=r"prove on the pipeline inside, fast\.pipe"):
         prove(diffaccel.wrap(text_pipe, GuidanceInterval(low=0.3, high=5.0)), edit)
+
+
+# --- what the caller's program is doing ---
+
+PLAIN = {"method": "rece", "general": False, "keep": ["dog"]}
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+    ],
+    ids=["default device", "autocast", "inference mode"],
+)
+def test_the_edit_is_the_same_inside_of_any_context(text_pipe, inside, tmp_path):
+    wanted = diffaccel.erase(text_pipe, "circle", **PLAIN)
+    with inside():
+        edit = diffaccel.erase(text_pipe, "circle", **PLAIN)
+        edit.save(tmp_path / "e.safetensors")
+        again = diffaccel.load_edit(tmp_path / "e.safetensors")
+    assert edit == again == wanted
+    for one in (edit, again):
+        diffaccel.apply_edit(text_pipe, one, form="map")
+        text = torch.ones(1, 5, 16, requires_grad=True)
+        text_pipe.unet(torch.ones(1, 4, 8, 8), 10, encoder_hidden_states=text).sample.sum().backward()
+        assert text.grad.abs().max() > 0
+        diffaccel.remove_edit(text_pipe, one)
+
+
+def test_dropout_stays_out_of_an_edit():
+    pipe = tiny_text_pipeline("pixart")
+    wanted = diffaccel.erase(pipe, "circle", **PLAIN)
+    pipe.text_encoder.train()
+    with pytest.raises(Unsupported, match=r"in training mode, .* call pipe\.text_encoder\.eval\(\) first\.$"):
+        diffaccel.erase(pipe, "circle", **PLAIN)
+    pipe.text_encoder.eval()
+    assert diffaccel.erase(pipe, "circle", **PLAIN) == wanted
+
+
+def test_a_missing_tokenizer_is_named():
+    pipe = tiny_text_pipeline("sd")
+    pipe.tokenizer = None
+    with pytest.raises(Unsupported, match="this StableDiffusionPipeline has text_encoder, but no tokenizer for it"):
+        diffaccel.erase(pipe, "circle", **PLAIN)
+
+
+def test_a_concept_file_says_everything_once(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"concepts": ["dog"], "concepts": ["circle"]}')
+    with pytest.raises(ErasureError, match="is not a concept file"):
+        diffaccel.erasure.read_concepts(path)
+
+
+# --- command line ---
+
+
+def test_files_of_concepts_in_other_scripts_have_names_of_their_own():
+    names = [_file_name([text]) for text in ("圆", "方", "Circle", "круг")]
+    assert len(set(names)) == 4
+    assert names[2] == "no-circle.safetensors"
+    assert all(name.isascii() and "image" not in name for name in names)
+
+
+def test_a_prompt_list_from_a_windows_editor(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a red circle\r\n\r\na blue star\r\n".encode("utf-8-sig"))
+    assert _lines(tmp_path / "p.txt") == ["a red circle", "a blue star"]

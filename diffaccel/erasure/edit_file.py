@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def read_edit(path: str | os.PathLike[str]) -> Edit:
     Raises:
         EditError: it cannot be read, or is anything but a complete and sound edit.
     """
-    metadata, tensors = _FILE.read(path)
+    with torch.inference_mode(False):  # tensors made inside of it could never meet a gradient
+        metadata, tensors = _FILE.read(path)
     name = repr(os.fspath(path))
     try:
         facts = strict_json(metadata[KEY]) if set(metadata) == {KEY} else None

@@ -70,7 +70,7 @@ def _route(pipe: Any, attribute: str, denoiser: nn.Module, found: TextRoute) -> 
 
 
 def require_encoders(pipe: Any, route: Route) -> None:
-    """Raises Unsupported if a text encoder that the pipeline cannot do without is not loaded."""
+    """Raises Unsupported if a text encoder that the pipeline cannot do without is not loaded, or one cannot be used."""
     denoiser = route.projections[0].name.split(".")[0]
     loaded = {source.encoder for source in route.sources} | set(route.missing)
     facts = next(f for f in describe_text_routes(getattr(pipe, denoiser)) if f.name == route.name)
@@ -79,6 +79,15 @@ def require_encoders(pipe: Any, route: Route) -> None:
         raise Unsupported(
             f"erasing needs the text encoders, but this {type(pipe).__name__} has no {' and no '.join(absent)}."
         )
+    for source in route.sources:
+        if getattr(pipe, source.tokenizer, None) is None:
+            raise Unsupported(f"this {type(pipe).__name__} has {source.encoder}, but no {source.tokenizer} for it.")
+        parts = getattr(pipe, source.encoder).modules()
+        if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in parts):
+            raise Unsupported(
+                f"{source.encoder} is in training mode, so its dropout would be in the edit; call "
+                f"pipe.{source.encoder}.eval() first."
+            )
 
 
 def sections(route: Route) -> Iterator[tuple[int, tuple[Source, ...]]]:

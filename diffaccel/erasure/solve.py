@@ -6,7 +6,8 @@ Per route of text: collect rows, scale them, solve a closed form in float64, rou
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +81,13 @@ def erase(
     protected = _protected(settled, (*kept, *sorted_prompts.others), chosen)
     maps: list[TextMap] = []
     diagnostics: dict[str, Any] = {"prompts": sorted_prompts.counts()} if prompts else {}
-    for route in routes:
-        if route.name == "pooled" and not chosen.pooled:
-            continue
-        solved = _solve_route(pipe, route, settled, protected, chosen)
-        maps.append(solved.map)
-        diagnostics[route.name] = solved.diagnostics
+    with _plain_arithmetic(pipe):
+        for route in routes:
+            if route.name == "pooled" and not chosen.pooled:
+                continue
+            solved = _solve_route(pipe, route, settled, protected, chosen)
+            maps.append(solved.map)
+            diagnostics[route.name] = solved.diagnostics
     return Edit(
         method=chosen.method,
         concepts=settled,
@@ -97,6 +99,14 @@ def erase(
         versions=_versions(),
         maps=tuple(maps),
     )
+
+
+@contextmanager
+def _plain_arithmetic(pipe: Any) -> Iterator[None]:
+    """The same edit inside of the caller's `autocast`, `inference_mode` (maps meet gradients later) and default device."""
+    device = pipe._execution_device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False), torch.device("cpu"):
+        yield
 
 
 def suited_method(concepts: Sequence[Concept]) -> str:
