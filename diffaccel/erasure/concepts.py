@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel.errors import DiffaccelError
-from diffaccel.tensor_files import strict_json
 
 LARGEST_FILE = 4_000_000  # bytes; a thousand concepts need about a tenth of it
 
@@ -96,11 +96,21 @@ def read_concepts(path: str | Path) -> ConceptList:
     if file.stat().st_size > LARGEST_FILE:
         raise ErasureError(f"{file} is larger than {LARGEST_FILE} bytes, too large for a concept file.")
     try:
-        return ConceptList.model_validate(strict_json(file.read_text(encoding="utf-8")))
+        return ConceptList.model_validate(_json(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise ErasureError(f"{file} is not a concept file: {describe_problem(error)}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ErasureError(f"{file} is not a concept file: it is not JSON ({error}).") from None
+
+
+def _json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name is given twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def settle(
