@@ -189,6 +189,7 @@ def _run(
         if engine is EngineKind.ray:
             from diffaccel.batch.ray_engine import run_on_ray
 
+            os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the bar here counts pictures, not blocks
             return run_on_ray(plan, load, actors=actors, gpus=gpus, model=model, on_progress=on_progress)
         from diffaccel.batch import run_batch
 

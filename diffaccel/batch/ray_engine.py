@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from diffaccel.batch.claims import Member
 from diffaccel.batch.engine import OnProgress, finish_batch, run_batch
 from diffaccel.batch.plan import BatchPlan
-from diffaccel.batch.settings import BatchError, BatchReport
+from diffaccel.batch.settings import BatchError, BatchReport, RowProblem
+from diffaccel.batch.state import Store
+from diffaccel.batch.tally import Tally
+from diffaccel.errors import DiffaccelError
 
 CALLS_PER_ACTOR = 8  # the work is cut so that an actor that joins late, or dies, changes little
 
@@ -19,13 +24,33 @@ class RayWorker:
     """An actor: loads the pipeline once, then runs the batches it is handed."""
 
     def __init__(self, plan: BatchPlan, load: Callable[[], Any], model: str) -> None:
-        self.plan, self.pipe, self.model = plan, load(), model
+        self.plan, self.model, self.refused = plan, model, ""
+        try:
+            self.pipe = load()
+        except DiffaccelError as error:
+            self.refused = _as_text(error)
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, list[Any]]:
-        """Make the batches of these numbers; the reasons of failures as text, since blocks hold plain columns."""
+        """Make the batches of these numbers; what is wrong as text, since blocks hold plain columns and Ray's errors pages."""
         chosen = [int(number) for number in numbers["batch"]]
-        report = run_batch(self.plan, self.pipe, model=self.model, batches=chosen)
-        return {"made": [report.made], "stopped": [report.stopped], "notes": ["\n".join(report.notes)]}
+        made, stopped, notes = 0, "", ""
+        if not self.refused:
+            try:
+                report = run_batch(self.plan, self.pipe, model=self.model, batches=chosen)
+                made, stopped, notes = report.made, report.stopped, "\n".join(report.notes)
+            except DiffaccelError as error:
+                self.refused = _as_text(error)
+        return {"made": [made], "stopped": [stopped], "notes": [notes], "refused": [self.refused]}
+
+
+def _as_text(error: DiffaccelError) -> str:
+    problems = getattr(error, "problems", ())
+    return json.dumps([str(error), [[problem.row, problem.sentence] for problem in problems]])
+
+
+def _as_error(text: str) -> BatchError:
+    said, problems = json.loads(text)
+    return BatchError(said, [RowProblem(row, sentence) for row, sentence in problems])
 
 
 def run_on_ray(
@@ -44,7 +69,7 @@ def run_on_ray(
         actors: how many pipelines.
         gpus: GPUs of each actor.
     Raises:
-        BatchError: Ray is not installed, or the folder holds another batch.
+        BatchError: Ray is not installed, or whatever an actor refuses: the model, rows, the folder, a full disk.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
@@ -65,10 +90,16 @@ def run_on_ray(
         num_gpus=gpus,
         num_cpus=1,
     )
-    made, stopped, notes = 0, "", []
+    made, stopped, notes, tally = 0, "", [], None
     for row in results.iter_rows():
+        if row["refused"]:
+            raise _as_error(row["refused"])
         made, stopped = made + row["made"], stopped or row["stopped"]
         notes.extend(row["notes"].splitlines())
+        if on_progress is not None:
+            tally = tally or _tally(plan)
+            tally.refresh()
+            on_progress(tally.progress())
     report = finish_batch(plan, on_progress=on_progress)
     seconds = time.perf_counter() - started
     return replace(
@@ -80,3 +111,10 @@ def run_on_ray(
         stopped=stopped,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _tally(plan: BatchPlan) -> Tally:
+    """What the actors have done so far, read from their journals; this process only looks on."""
+    store = Store(plan.output)
+    saved = store.saved()
+    return Tally(plan, store, Member(store.workers, plan.settings.lease), saved.pipeline if saved else "")
