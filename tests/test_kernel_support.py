@@ -16,6 +16,7 @@ import torch
 from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
 from kernel_harness import DTYPES, assert_accurate, far_tensor, guarded, harden
 from kernels_example import row_scale, row_scale_oracle
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import Unsupported
 from diffaccel.flops import count_flops
@@ -42,6 +43,19 @@ def test_torch_knows_the_operator():
     compiled = torch.compile(lambda x, factor: row_scale(x, factor) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, factor), row_scale(x, factor) + 1)
     assert count_flops(lambda: row_scale(x, factor))[1] == 24
+
+
+def test_torchs_wrapper_is_used_where_somebody_traces_or_counts(monkeypatch):
+    """It costs the host several times a launch, for each of hundreds of calls of a step."""
+    seen = []
+    monkeypatch.setattr(row_scale, "op", lambda *inputs: seen.append(inputs) or row_scale._run(*inputs))
+    x, factor = torch.randn(3, 8), torch.rand(3)
+    plain = row_scale(x, factor)
+    assert not seen
+    with FlopCounterMode(display=False):
+        row_scale(x, factor)
+    assert len(seen) == 1
+    assert torch.equal(plain, row_scale(x, factor))
 
 
 def test_a_gradient_is_refused():
