@@ -12,13 +12,14 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from tiny import run, tiny_pipeline
 from tiny_edits import random_edit, same_weights, weights_of
-from tiny_text import tiny_text_pipeline
+from tiny_text import clip, clip_tokenizer, t5, t5_tokenizer, tiny_text_pipeline
 
 import diffaccel
 from diffaccel import seams
 from diffaccel.cli_erase import _file_name, _lines
 from diffaccel.erasure import EditError, ErasureError
 from diffaccel.erasure.apply import applied_edits
+from diffaccel.erasure.learned_words import LearnedWord, inserted
 from diffaccel.errors import DiffaccelError, Unsupported
 from diffaccel.methods.guidance_interval import GuidanceInterval
 
@@ -399,3 +400,22 @@ def test_files_of_concepts_in_other_scripts_have_names_of_their_own():
 def test_a_prompt_list_from_a_windows_editor(tmp_path):
     (tmp_path / "p.txt").write_bytes("a red circle\r\n\r\na blue star\r\n".encode("utf-8-sig"))
     assert _lines(tmp_path / "p.txt") == ["a red circle", "a blue star"]
+
+
+@pytest.mark.parametrize("make", [lambda: t5(16, 3), lambda: clip(16, 1)], ids=["t5", "clip"])
+def test_learned_vectors_reach_what_the_text_encoder_reads(make):
+    """Text encoders may look their tokens up in another module than the one they name."""
+    encoder, tokenizer = make(), t5_tokenizer() if "T5" in type(make()).__name__ else clip_tokenizer()
+    word = LearnedWord(tokenizer, encoder, "circle", 100)
+    ids = tokenizer("a red circle", return_tensors="pt").input_ids
+    stock = encoder(ids)[0]
+    with inserted([word]):
+        assert torch.allclose(encoder(ids)[0], stock, atol=1e-5)  # to begin with, the word's own vectors
+        assert word.found
+        with torch.no_grad():
+            word.vectors.mul_(-1)
+        changed = encoder(ids)[0]
+        changed.sum().backward()
+    assert (changed - stock).abs().max() > 1e-2
+    assert word.vectors.grad.abs().max() > 0
+    assert torch.equal(encoder(ids)[0], stock)

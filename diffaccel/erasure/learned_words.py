@@ -33,8 +33,10 @@ class LearnedWord:
         self.ids = torch.tensor(tokenizer(word, add_special_tokens=False).input_ids)
         if not len(self.ids):
             raise ProofError(f"{word!r} has no tokens, so no other vectors can be learned for it.")
-        self.table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-        weight = self.table.weight.detach().float()
+        table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+        # T5's stack looks up in a module of its own that shares the weight, and never calls this one
+        self.tables = [m for m in encoder.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
+        weight = table.weight.detach().float()
         norms = weight.norm(dim=1)
         self.longest = torch.quantile(norms, percentile / 100)
         self.scale = float(norms.mean() / weight.shape[1] ** 0.5)  # size of one number
@@ -65,7 +67,7 @@ def occurrences(ids: Tensor, word: Tensor) -> Tensor:
 
 @contextmanager
 def inserted(words: Sequence[LearnedWord]) -> Iterator[None]:
-    handles = [word.table.register_forward_hook(word.hook) for word in words]
+    handles = [table.register_forward_hook(word.hook) for word in words for table in word.tables]
     try:
         yield
     finally:
