@@ -111,6 +111,8 @@ class AcceleratedPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "recipe" and "recipe" in vars(self):
+            raise AttributeError("the recipe of an accelerated pipeline is fixed; wrap its `.pipe` with another one.")
         if name in _OWN:
             object.__setattr__(self, name, value)
         else:

@@ -426,6 +426,14 @@ def test_attributes_pass_through(sd):
     assert repr(fast) == "diffaccel: StableDiffusionPipeline with no methods"
 
 
+def test_the_recipe_is_fixed(sd):
+    """It was checked against the pipeline, and resolved for its kind of denoiser."""
+    fast = diffaccel.wrap(sd, [SkipCache()])
+    with pytest.raises(AttributeError, match="is fixed; wrap its `.pipe` with another one"):
+        fast.recipe = "fast"
+    assert fast.recipe == Recipe(methods=(SkipCache(),))
+
+
 def test_to_returns_the_accelerated_pipeline(sd):
     """`fast = fast.to("cuda")` must not lose the recipe."""
     fast = diffaccel.wrap(sd, [])
