@@ -267,8 +267,10 @@ def _bar(total: int) -> Iterator[Callable[[BatchProgress], None]]:
 
 
 def _print_plan(plan: BatchPlan, pipe: Any) -> None:
+    from diffaccel.batch.engine import known_model
     from diffaccel.batch.estimate import estimate, in_words
 
+    plan = known_model(plan, pipe)
     found = estimate(plan, pipe)
     table = Table("group", "size", "steps", "guidance", "recipe", "arguments", "pictures", "batches")
     batches = collections.Counter(batch.group for batch in plan.batches)

@@ -250,7 +250,23 @@ def test_wrong_recipes_name_their_mistake(tmp_path):
 # -- names ------------------------------------------------------------------------------------------------------------
 
 BAD_NAMES = [
-    *("../up", "/absolute", "a/b", "a\\b", "..", ".", ".hidden", "~root", "a\0b", "a\nb", "C:drive", "con", "NUL.x"),
+    *(
+        "../up",
+        "/absolute",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        ".hidden",
+        "~root",
+        "COM\u00b9",
+        "conin$.x",
+        "a\0b",
+        "a\nb",
+        "C:drive",
+        "con",
+        "NUL.x",
+    ),
     *("LPT1", "trailing.", "x" * 181, "日" * 61, "a?b", "contact-sheet", "..png", ".diffaccel", "a\u202e\x7f"),
 ]
 
@@ -308,6 +324,7 @@ def test_rows_of_equal_calls_are_grouped(tmp_path):
         ({"format": "gif"}, "format"),
         ({"recipe": "magic"}, "magic"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"lease": float("inf")}, "lease"),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):

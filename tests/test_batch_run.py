@@ -1,11 +1,13 @@
 """A batch as it runs: pictures that depend on their row alone, failures that stay with theirs, folders that notice changes."""
 
+import functools
 import gc
 import json
 import logging
 import os
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,11 @@ from diffaccel.batch import BatchError, BatchProgress, BatchSettings, estimate, 
 from diffaccel.batch.arguments import converted
 from diffaccel.batch.calls import Caller
 from diffaccel.batch.claims import Claims, Member
+from diffaccel.batch.engine import known_model
 from diffaccel.batch.manifest import read_manifest
 from diffaccel.batch.pictures import user_comment
-from diffaccel.batch.state import Journal
+from diffaccel.batch.shards import Sample, pack
+from diffaccel.batch.state import Journal, Store
 from diffaccel.output import OutputError
 
 SETTINGS = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0, "size": (16, 16)}
@@ -350,6 +354,10 @@ def test_a_changed_model_is_noticed(tmp_path):
         pipe.unet.conv_out.bias[0] += 1
     with pytest.raises(BatchError, match="another model"):
         run(ROWS[:1], tmp_path, pipe)
+    with pytest.raises(BatchError, match="another model"):
+        known_model(planned(tmp_path, ROWS[:1]), pipe)  # of a dry run
+    would = known_model(planned(tmp_path, ROWS[:1], on_change="overwrite"), pipe)
+    assert (would.change, would.kept) == ("overwrite", 0)
     report = run(ROWS[:1], tmp_path, pipe, on_change="overwrite")
     assert (report.made, report.skipped, report.exit_code) == (1, 0, 0)
 
@@ -525,6 +533,31 @@ def test_webdataset_reads_the_shards(pipe, tmp_path):
     assert not list((tmp_path / "shards").glob("*.png")) or (tmp_path / "shards" / "contact-sheet.png").exists()
     again = run(ROWS, tmp_path / "shards", pipe, shards=2)
     assert (again.made, again.skipped, again.exit_code) == (0, 5, 0)
+
+
+def test_a_shard_is_written_picture_by_picture(tmp_path):
+    """A thousand pictures of two megabytes do not have to fit into the memory, let alone twice."""
+    samples = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(os.urandom(1 << 20))
+        samples.append(Sample(path.stem, path, {"prompt": "x"}))
+    store = Store(tmp_path / "out")
+    store.create()
+    shard = store.output / "shard.tar"
+
+    def packed():
+        tracemalloc.start()
+        store.publish(shard, functools.partial(pack, shard, samples), "worker")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 << 20
+        return shard.read_bytes()
+
+    first = packed()
+    for sample in samples:
+        sample.picture.unlink()
+    assert packed() == first  # from the shard that is there
 
 
 def test_a_shard_is_completed_when_its_failed_row_succeeds(pipe, tmp_path, fragile):

@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.calls import Caller
 from diffaccel.batch.claims import Claims, Member
 from diffaccel.batch.finish import Finisher
-from diffaccel.batch.folder import prepare
+from diffaccel.batch.folder import check_change, prepare
 from diffaccel.batch.generating import Generator
 from diffaccel.batch.identity import identity
 from diffaccel.batch.manifest import check_manifest
 from diffaccel.batch.plan import BatchPlan, find_change
 from diffaccel.batch.settings import BatchError, BatchFailure, BatchProgress, BatchReport
-from diffaccel.batch.state import Store
+from diffaccel.batch.state import Saved, Store
 from diffaccel.batch.tally import Tally
 from diffaccel.batch.writer import Made, Writer
 from diffaccel.output import OutputError
@@ -55,7 +56,7 @@ def run_batch(
     caller = Caller(plan, fast_or_pipe, model or _name_of(fast_or_pipe))
     caller.check()
     check_manifest(plan.settings.manifest)
-    pipeline = identity(caller.pipe, caller.wrapped("").recipe.to_dict() if _needs_own(plan) else {})
+    pipeline = _pipeline(plan, caller)
     store = Store(plan.output)
     store.create()
     with (
@@ -78,6 +79,27 @@ def _disk_errors(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"Cannot write to {output}: {(error.strerror or str(error)).lower()}.") from error
+
+
+def known_model(plan: BatchPlan, fast_or_pipe: Any) -> BatchPlan:
+    """The plan with what it means for the folder now that the model is known: none of another model's pictures are kept.
+
+    Raises:
+        BatchError: as `run_batch` before the first picture, except for what only writing can tell.
+    """
+    caller = Caller(plan, fast_or_pipe, "")
+    caller.check()
+    saved = Store(plan.output).saved()
+    if saved is None:
+        return plan
+    wanted = Saved(tuple(row.key for row in plan.rows), plan.layout, _pipeline(plan, caller))
+    check_change(plan, saved, wanted)
+    return plan if saved.pipeline == wanted.pipeline else replace(plan, change="overwrite", kept=0)
+
+
+def _pipeline(plan: BatchPlan, caller: Caller) -> str:
+    needs_own = any(row.recipe == "" for row in plan.rows)
+    return identity(caller.pipe, caller.wrapped("").recipe.to_dict() if needs_own else {})
 
 
 def finish_batch(plan: BatchPlan, *, on_progress: OnProgress | None = None) -> BatchReport:
@@ -125,10 +147,6 @@ def _report(
 def _name_of(pipe: Any) -> str:
     name = str(pipe.config.get("_name_or_path", "") or "")
     return Path(name).name or type(pipe).__name__
-
-
-def _needs_own(plan: BatchPlan) -> bool:
-    return any(row.recipe == "" for row in plan.rows)
 
 
 class Worker:

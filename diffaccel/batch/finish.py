@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from diffaccel.batch.claims import Claims, Member
 from diffaccel.batch.manifest import encode_manifest
 from diffaccel.batch.plan import BatchPlan
 from diffaccel.batch.shards import Sample, member_of, pack
-from diffaccel.batch.sheet import MOST, draw_sheet
+from diffaccel.batch.sheet import MOST, draw_sheet, small
 from diffaccel.batch.state import Store, sync_folder
 from diffaccel.batch.tally import Tally
 
@@ -90,7 +91,7 @@ class Finisher:
         path = self.plan.shard(rows[0])
         assert path is not None
         samples = [Sample(row.name, self.plan.path(row), self._entry(row.index)) for row in rows]
-        self.store.publish(path, pack(path, samples), self.member.name)
+        self.store.publish(path, functools.partial(pack, path, samples), self.member.name)
         sync_folder(path.parent)
 
     def _entry(self, index: int) -> dict[str, Any]:
@@ -121,5 +122,4 @@ class Finisher:
         path, shard = self.plan.path(row), self.plan.shard(row)
         content = path.read_bytes() if shard is None or path.exists() else member_of(shard, path.name)
         with contextlib.closing(Image.open(io.BytesIO(content))) as image:
-            image.load()
-            return image.copy()
+            return small(image)

@@ -30,7 +30,7 @@ def prepare(plan: BatchPlan, store: Store, member: Member, pipeline: str) -> Non
         saved = store.saved()
         if saved is not None:
             if saved != wanted:
-                _check_change(plan, saved, wanted)
+                check_change(plan, saved, wanted)
             _refuse_strangers(store, member, same_pictures=saved == wanted)
         if saved is not None and saved == wanted:
             store.tidy(member.is_alive)
@@ -49,7 +49,7 @@ def _change(plan: BatchPlan, store: Store, member: Member, wanted: Saved) -> Non
     if saved == wanted:
         return
     if saved is not None:
-        _check_change(plan, saved, wanted)
+        check_change(plan, saved, wanted)
         _refuse_strangers(store, member, same_pictures=False)
         _keep_only(plan, store, member, saved, wanted)
     store.save(wanted, member.name)
@@ -70,7 +70,8 @@ def _refuse_strangers(store: Store, member: Member, *, same_pictures: bool) -> N
         time.sleep(0.05)
 
 
-def _check_change(plan: BatchPlan, saved: Saved, wanted: Saved) -> None:
+def check_change(plan: BatchPlan, saved: Saved, wanted: Saved) -> None:
+    """Raise `BatchError` if the folder holds another batch, or another model's, and `on_change` does not allow the change."""
     find_change(plan, saved)
     if saved.pipeline != wanted.pipeline and plan.settings.on_change != "overwrite":
         raise BatchError(

@@ -11,7 +11,15 @@ LONGEST = 180  # bytes; with extension and temporary name still under the 255 th
 SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
 _ALL_SUFFIXES = tuple(suffix for known in SUFFIXES.values() for suffix in known)
 # Windows opens devices under these names, whatever follows the first dot.
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(10))}
+_DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    "conin$",
+    "conout$",
+    *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(10)),
+}
 _RESERVED = {"contact-sheet"}
 
 
@@ -47,7 +55,7 @@ def _check_plain(text: str, name: str) -> None:
         )
     if not name or name != name.strip(" .") or name.startswith("~"):
         raise ValueError(f"the name {text!r} is empty or begins or ends with a dot, a space or ~")
-    if name.split(".")[0].strip().lower() in _DEVICES or name.lower() in _RESERVED:
+    if folded(name.split(".")[0].strip()) in _DEVICES or folded(name) in _RESERVED:
         raise ValueError(f"the name {text!r} is reserved; choose another")
     if len(name.encode()) > LONGEST:
         raise ValueError(f"the name {text[:40]!r}... is longer than {LONGEST} bytes")

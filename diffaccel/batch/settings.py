@@ -94,7 +94,7 @@ class BatchSettings(BaseModel):
     on_change: Literal["refuse", "extend", "overwrite"] = "refuse"
     ignore_unknown_columns: bool = False
     max_failures: int = Field(default=5, ge=1)
-    lease: float = Field(default=60.0, gt=0)
+    lease: float = Field(default=60.0, gt=0, le=86_400 * 30)
 
     def __init__(self, **data: Any) -> None:
         try:

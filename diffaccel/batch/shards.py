@@ -5,13 +5,14 @@ Members are sorted by row and carry no times or owners, so that a shard depends 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffaccel.batch.settings import BatchError
 
@@ -36,33 +37,35 @@ def names_in(path: Path) -> frozenset[str]:
         ) from error
 
 
-def pack(path: Path, samples: Sequence[Sample]) -> bytes:
-    """The content of a shard: new pictures, and those the file has already.
+def pack(path: Path, samples: Sequence[Sample], file: BinaryIO) -> None:
+    """Write the content of a shard, picture by picture: new ones, and those the shard has already.
 
+    Args:
+        path: the shard as it is; it need not exist.
+        file: where the new one goes.
     Raises:
         BatchError: a picture is in neither place.
     """
-    old = _pictures_in(path) if path.exists() else {}
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
+        members = {} if old is None else {member.name: member for member in old}
+        archive = stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
         for sample in samples:
-            picture = sample.picture.read_bytes() if sample.picture.exists() else old.get(sample.picture.name)
+            picture = _picture(sample.picture, old, members)
             if picture is None:
                 raise BatchError(f"{sample.picture} is gone; start the batch again to have it made again.")
             _add(archive, sample.picture.name, picture)
             _add(archive, f"{sample.name}.txt", str(sample.record["prompt"]).encode())
             _add(archive, f"{sample.name}.json", json.dumps(sample.record, sort_keys=True).encode())
-    return buffer.getvalue()
 
 
-def _pictures_in(path: Path) -> dict[str, bytes]:
-    found = {}
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            file = archive.extractfile(member)  # only into memory: no member can choose a place
-            if file is not None and not member.name.endswith((".txt", ".json")):
-                found[member.name] = file.read()
-    return found
+def _picture(path: Path, old: tarfile.TarFile | None, members: Mapping[str, tarfile.TarInfo]) -> bytes | None:
+    if path.exists():
+        return path.read_bytes()
+    if old is None or path.name not in members:
+        return None
+    file = old.extractfile(members[path.name])  # only into memory: no member can choose a place
+    return None if file is None else file.read()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

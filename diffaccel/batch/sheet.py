@@ -13,6 +13,13 @@ CELL, GAP, TEXT, MARGIN, MOST = 192, 12, 40, 16, 100
 INK, PALE, PAPER = (24, 24, 28), (100, 100, 108), (250, 250, 250)
 
 
+def small(picture: Image.Image) -> Image.Image:
+    """The picture as the sheet shows it. A small one stays as it is, so this may be done twice."""
+    found = picture.convert("RGB")
+    found.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    return found
+
+
 def draw_sheet(records: Sequence[Mapping[str, Any]], pictures: Sequence[Image.Image], total: int) -> bytes:
     """The sheet as PNG.
 
@@ -28,9 +35,7 @@ def draw_sheet(records: Sequence[Mapping[str, Any]], pictures: Sequence[Image.Im
     for number, (record, picture) in enumerate(zip(records, pictures, strict=True)):
         left = MARGIN + number % columns * (CELL + GAP)
         top = MARGIN + number // columns * (CELL + TEXT + GAP)
-        small = picture.convert("RGB")
-        small.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-        sheet.paste(small, (left, top))
+        sheet.paste(small(picture), (left, top))
         prompt = " ".join(str(record["prompt"]).split())
         pen.text((left, top + CELL + 4), f"{record['row']}, seed {record['seed']}", font=font, fill=PALE)
         pen.text((left, top + CELL + 20), prompt[:26] + ("…" if len(prompt) > 26 else ""), font=font, fill=INK)

@@ -95,23 +95,30 @@ class Store:
         self.publish(self.plan, saved.text().encode(), worker)
         sync_folder(self.home)
 
-    def publish(self, path: Path, content: bytes, worker: str) -> None:
+    def publish(self, path: Path, content: bytes | Callable[[BinaryIO], object], worker: str) -> None:
         """Write a file completely or not at all: elsewhere, to the disk, then renamed over whatever has its name.
 
+        Args:
+            content: what to write, or what writes it.
         Raises:
             OutputError: the system refused: full disk, no permission.
         """
         temporary = self.temporary / f"{worker}~{secrets.token_hex(4)}"
         try:
             with temporary.open("xb") as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # a full disk may only be noticed here
             os.replace(temporary, path)
-        except OSError as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise OutputError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
+            if isinstance(error, OSError):
+                raise OutputError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
+            raise
 
     def tidy(self, is_alive: Callable[[str], bool]) -> None:
         """Remove what dead workers left half-written."""
