@@ -235,6 +235,23 @@ def test_a_lora_merged_and_unloaded_between_two_calls_is_noticed(called_before):
         diffaccel.remove_edit(pipe, edit)
 
 
+@pytest.mark.parametrize("how", ["merge", "load"])
+def test_a_text_that_is_used_again_hides_nothing(how):
+    """Pipelines of FLUX hand embeddings that were computed once to the network as they are, call after call."""
+    pipe, text = tiny_pipeline("sd"), torch.ones(1, 5, 16)
+    base = weights_of(pipe)
+    diffaccel.apply_edit(pipe, random_edit(pipe))
+    draw_nothing(pipe, text)
+    if how == "merge":
+        load_lora(pipe)
+        pipe.unet.fuse_lora()
+        pipe.unet.unload_lora()
+    else:
+        pipe.unet.load_state_dict(base)
+    with pytest.raises(Unsupported, match=r"was changed by something else|the edit is gone"):
+        draw_nothing(pipe, text)
+
+
 def test_weights_that_were_loaded_again_do_not_pass_for_erased():
     pipe = tiny_pipeline("sd")
     base, stock = weights_of(pipe), draw(pipe)

@@ -56,6 +56,7 @@ class Applied(seams.Residence):
         self._links: list[_Link] = []
         self._glimpse = torch.empty(0)  # of the written weights
         self._text: weakref.ref[Tensor] | None = None  # what the network read when they were looked at
+        self._seen: Any = None  # traces of then
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own weights: weak references cannot be copied everywhere."""
@@ -151,14 +152,23 @@ class Applied(seams.Residence):
         """Before each call: hooks go to where the projections are now; edits that would not reach them refuse.
 
         Args:
-            text: what the network reads; written weights are looked at once for each.
+            text: what the network reads; written weights are looked at once for each, and after anything else that shows.
         Raises:
             Unsupported: a LoRA was loaded on written weights, or they are others now.
         """
         self._follow_modules(network)
-        if self.bases and not torch.compiler.is_compiling() and (self._text is None or self._text() is not text):
+        if not self.bases or torch.compiler.is_compiling():
+            return
+        traces = self._traces(network)
+        if self._text is None or self._text() is not text or traces != self._seen:
             self._follow_weights(network)
-            self._text = weakref.ref(text) if isinstance(text, Tensor) else None
+            self._text, self._seen = weakref.ref(text) if isinstance(text, Tensor) else None, traces
+
+    def _traces(self, network: nn.Module) -> tuple[Any, list[int]]:
+        """What shows without a look at the numbers that adapters came or went, or that weights were written."""
+        weights = [getattr(module, "weight", None) for _, _, module in self._links]
+        versions = [w._version for w in weights if isinstance(w, Tensor) and not w.is_inference()]
+        return getattr(network, "_hf_peft_config_loaded", None), versions
 
     def _follow_weights(self, network: nn.Module) -> None:
         """A LoRA that was merged and unloaded leaves no trace but the weights; few numbers of each tell."""
