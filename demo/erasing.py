@@ -27,10 +27,10 @@ ABOUT = {  # docs/erasure.md has the figures behind these sentences
     AUTOMATIC: "context if *Draw instead* is filled in, else uce: what `diffaccel.erase` does.",
     "context": "uce on every row of whole sentences. On the bundled models it erased and spared most, given sample prompts of "
     "their kind, which this page does not take. Needs *Draw instead*.",
-    "uce": "Ridge regression on the last word of short phrases. Works without an anchor, and leaves the concept in about a "
-    "quarter of the pictures here.",
-    "rece": "uce, then erases what a closed-form attack would bring back. A little more is erased, and what is kept suffers "
-    "more.",
+    "uce": "Ridge regression on the last word of short phrases. Works without an anchor. A quarter of the "
+    "pictures of shapes-sd still show the concept, more of shapes-sd3.",
+    "rece": "uce, then erases what a closed-form attack would bring back. Attacks have to go a little further, and what is "
+    "kept suffers more.",
     "speed": "Moves text only in directions that nothing preserved uses. With its own settings several concepts at once cost "
     "what is kept most of all; raise `ridge` until that survives.",
     "mace": "Only the words around a concept, the first of its paper's two stages. Alone it erases least; `tokens=all` takes "

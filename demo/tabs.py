@@ -216,7 +216,7 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         method = gr.Dropdown(list(ABOUT), value=AUTOMATIC, label="Method", min_width=140, elem_id="erase-method")
         settings = gr.Textbox(
             label="Settings of the method",
-            placeholder="ridge=0.5; strength=0.9",
+            placeholder="ridge=0.1; erase_weight=0.5",
             info="NAME=VALUE with semicolons; empty keeps its own.",
             min_width=220,
             scale=2,

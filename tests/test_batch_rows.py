@@ -245,6 +245,7 @@ def test_wrong_recipes_name_their_mistake(tmp_path):
     assert "token_merging.ratio" in problems([{"prompt": "x", "recipe": wrong}], tmp_path)[0][1]
     assert "not valid JSON" in problems([{"prompt": "x", "recipe": "{"}], tmp_path)[0][1]
     assert "not int" in problems([{"prompt": "x", "recipe": 3}], tmp_path)[0][1]
+    assert "holds what JSON cannot" in problems([{"prompt": "x", "recipe": {"name": b"mine"}}], tmp_path)[0][1]
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

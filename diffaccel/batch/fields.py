@@ -190,7 +190,10 @@ class _Recipes:
             return self.add(value)
         if not isinstance(value, (str, dict)):
             raise _Wrong(f"a recipe is a preset's name, a JSON object or a file, not {type(value).__name__}")
-        text = value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        try:
+            text = value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError) as error:  # a table can hold bytes and dates
+            raise _Wrong(f"{_shown(value)} holds what JSON cannot") from error
         if text not in self._read:
             self._read[text] = self.add(self._build(text))
         return self._read[text]
