@@ -80,9 +80,9 @@ class Seams:
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` as an instance attribute; undone only if it is still ours when the run ends."""
         before = vars(owner).get(name, _MISSING)
+        self._undo.callback(_put_back, owner, name, value, before)  # first: Ctrl-C may come between the two
         # object.__setattr__ keeps pipelines and configs from registering the value as a component of theirs
         object.__setattr__(owner, name, value)
-        self._undo.callback(_put_back, owner, name, value, before)
 
     def wrap_method(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Replace the method `owner.name` by `around(original, *args, **kwargs)`, keeping its signature visible."""

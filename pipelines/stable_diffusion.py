@@ -18,6 +18,7 @@ _UNET_ARGUMENTS = frozenset(
         "added_cond_kwargs",
         "cross_attention_kwargs",
         "controlnet_cond",
+        "control_type",
         "down_block_additional_residuals",
         "mid_block_additional_residual",
         "down_intrablock_additional_residuals",
@@ -42,6 +43,9 @@ _SDXL = (
     "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
     "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
     "StableDiffusionXLAdapterPipeline",
 )
 

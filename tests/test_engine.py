@@ -37,6 +37,7 @@ from diffaccel import (
     TokenMerging,
     Unsupported,
 )
+from diffaccel.seams import Seams
 
 EVERYTHING = [
     StepSchedule(fraction=0.5, spacing="trailing"),
@@ -146,6 +147,19 @@ def test_an_exception_inside_the_network_at_every_step(sd, fast):
         assert snapshot(sd) == before
         assert not fast.report.completed
     assert torch.equal(run(fast, "sd"), quick)
+
+
+def test_a_change_is_never_made_without_its_undo(monkeypatch):
+    """Ctrl-C may come at any line of it."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    seams, owner = Seams(), torch.nn.Linear(1, 1)
+    monkeypatch.setattr(seams._undo, "callback", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        seams.replace(owner, "forward", print)
+    assert "forward" not in vars(owner)
 
 
 def test_an_error_in_the_arguments(sd, fast):
@@ -429,7 +443,7 @@ def test_attributes_pass_through(sd):
 def test_the_recipe_is_fixed(sd):
     """It was checked against the pipeline, and resolved for its kind of denoiser."""
     fast = diffaccel.wrap(sd, [SkipCache()])
-    with pytest.raises(AttributeError, match="is fixed; wrap its `.pipe` with another one"):
+    with pytest.raises(AttributeError, match="the recipe of an accelerated pipeline is fixed"):
         fast.recipe = "fast"
     assert fast.recipe == Recipe(methods=(SkipCache(),))
 

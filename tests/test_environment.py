@@ -7,14 +7,22 @@ import warnings
 import accelerate
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetUnionModel, StableDiffusionPipeline, StableDiffusionXLControlNetUnionPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
 from independent import counted_rows, network_flops
 from tiny import WIDTH, run, tiny_inputs, tiny_pipeline
 
 import diffaccel
-from diffaccel import AdaptiveGuidance, GuidanceInterval, SkipCache, TokenDownsampling, TokenMerging, Unsupported
+from diffaccel import (
+    AdaptiveGuidance,
+    GuidanceInterval,
+    SkipCache,
+    StepReuse,
+    TokenDownsampling,
+    TokenMerging,
+    Unsupported,
+)
 
 METHODS = {
     "guidance_interval": GuidanceInterval(high=6.0, low=0.5),
@@ -247,6 +255,44 @@ def test_controlnets_that_start_late_and_end_early(kind):
     with counted_rows(pipe) as rows:
         both(**tiny_inputs(kind, steps=12) | times)
     assert sum(rows) == both.report.rows < 24
+
+
+def union_pipeline():
+    """SDXL with a ControlNet that serves several kinds of control pictures; every row says of which kind its own is."""
+    pipe = tiny_pipeline("sdxl-controlnet")
+    small = {"num_trans_channel": 8, "num_trans_head": 2, "num_trans_layer": 1, "num_proj_channel": 8}
+    small |= {"conditioning_embedding_out_channels": (8, 8)}
+    config = ControlNetUnionModel.from_unet(pipe.unet).config
+    torch.manual_seed(3)
+    union = ControlNetUnionModel(**{name: config[name] for name in config if name[0] != "_"} | small).eval()
+    union.controlnet_cond_embedding = pipe.controlnet.controlnet_cond_embedding
+    for block in [*union.controlnet_down_blocks, union.controlnet_mid_block, union.spatial_ch_projs]:
+        torch.nn.init.normal_(block.weight, std=0.2)
+    parts = {name: part for name, part in pipe.components.items() if name != "controlnet"}
+    pipe = StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=union)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def union_pictures(pipe, **changes):
+    inputs = tiny_inputs("sdxl-controlnet", steps=9, images=2)
+    inputs |= {"control_image": [inputs.pop("image")], "control_mode": [1]}
+    del inputs["guess_mode"]
+    return pipe(**inputs | changes).images
+
+
+def test_a_union_controlnet_gets_the_kinds_of_its_rows():
+    pipe = union_pipeline()
+    stock = union_pictures(pipe)
+    assert not torch.equal(stock, union_pictures(pipe, control_mode=[2]))
+    fast = diffaccel.wrap(pipe, [GuidanceInterval(stop_fraction=0.0)])
+    assert torch.allclose(union_pictures(fast), union_pictures(pipe, guidance_scale=1.0), atol=1e-5)
+    assert fast.report.rows == 18
+    fast = diffaccel.wrap(pipe, [StepReuse(threshold=1e9), AdaptiveGuidance(threshold=0.5)])
+    union_pictures(fast)
+    assert fast.report.completed
+    assert fast.report.methods["step_reuse"]["reused"] > 0
+    assert torch.equal(union_pictures(pipe), stock)
 
 
 # --- fused projections ---
