@@ -98,10 +98,23 @@ class Operator:
             raise Unsupported(
                 f"{NAMESPACE}::{self.name} has no gradient; call it under torch.no_grad(), or with detached tensors."
             )
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if _watched((*args, *kwargs.values())):
             return self.op(*args, **kwargs)
         # nobody traces or counts: torch's wrapper around Python operators would only cost the host time before a launch
         return self._run(*args, **kwargs)
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# torch's own count of active modes (fake tensors, FLOP counters, tracers); a torch without it gets the wrapper always
+_active_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def _watched(values: Sequence[Any]) -> bool:
+    """Whether torch must see the operator: it compiles, a mode listens, or a tensor is of a kind with rules of its own."""
+    if torch.compiler.is_compiling() or _active_modes():
+        return True
+    return any(isinstance(value, torch.Tensor) and type(value) not in PLAIN for value in values)
 
 
 def register(

@@ -56,6 +56,9 @@ def test_torchs_wrapper_is_used_where_somebody_traces_or_counts(monkeypatch):
         row_scale(x, factor)
     assert len(seen) == 1
     assert torch.equal(plain, row_scale(x, factor))
+    assert len(seen) == 1
+    row_scale(x.as_subclass(torch.nn.Buffer), factor)
+    assert len(seen) == 2
 
 
 def test_a_gradient_is_refused():
