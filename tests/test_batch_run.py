@@ -27,6 +27,7 @@ from diffaccel.batch.manifest import read_manifest
 from diffaccel.batch.pictures import user_comment
 from diffaccel.batch.shards import Sample, pack
 from diffaccel.batch.state import Journal, Store
+from diffaccel.batch.tally import Tally
 from diffaccel.output import OutputError
 
 SETTINGS = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0, "size": (16, 16)}
@@ -322,6 +323,21 @@ def test_stopping_keeps_what_is_done(pipe, tmp_path):
     assert len(entries(tmp_path)) == len(pictures(tmp_path)) == report.done
     after = run(ROWS, tmp_path, pipe)
     assert (after.exit_code, after.skipped, after.made) == (0, report.done, 5 - report.done)
+
+
+def test_a_batch_that_another_worker_finished_is_not_taken_over(pipe, tmp_path, monkeypatch):
+    """It may end between our look at the journals and our look at its claim."""
+    assert run_batch(planned(tmp_path), pipe, batches=[0, 1]).made == 4
+    refresh, looks = Tally.refresh, []
+
+    def late(self):
+        looks.append(None)
+        if len(looks) > 1:
+            refresh(self)
+
+    monkeypatch.setattr(Tally, "refresh", late)
+    report = run(ROWS, tmp_path, pipe)
+    assert (report.made, report.exit_code, report.notes) == (1, 0, ())
 
 
 # -- changes ----------------------------------------------------------------------------------------------------------

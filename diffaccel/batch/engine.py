@@ -207,7 +207,9 @@ class Worker:
         if last >= 0:
             if not self.claims.is_free(unit, last):
                 return None
-            self.tally.refresh()  # its owner may have finished some of it
+            self.tally.refresh()  # its owner may have finished some of it, or all before it ended
+            if all(map(self.tally.is_settled, self.plan.batches[number].rows)):
+                return None
         if not self.claims.try_claim(unit, last + 1):
             return None
         self.taken_over += last >= 0
@@ -245,5 +247,6 @@ class Worker:
         """What this run did."""
         notes = [*self.caller.notes, *self.generator.notes]
         if self.taken_over:
-            notes.append(f"{self.taken_over} batches were taken over from workers or runs that had ended.")
+            batches = "1 batch was" if self.taken_over == 1 else f"{self.taken_over} batches were"
+            notes.append(f"{batches} taken over from workers or runs that had ended.")
         return _report(self.plan, self.tally, self.finisher.manifest, notes, self.stopped)
