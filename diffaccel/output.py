@@ -34,12 +34,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bo
     if not overwrite:
         _refuse_existing(path)
     try:
-        _write_and_rename(path, write)
+        _write_and_rename(path, write, overwrite)
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
 
 
-def _write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def _write_and_rename(path: Path, write: Callable[[BinaryIO], object], overwrite: bool) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -47,10 +47,24 @@ def _write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())  # a full disk may only be noticed here
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp files are private; results are ordinary files
-        os.replace(temporary, path)
+        _rename(temporary, path, overwrite)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _rename(temporary: str, path: Path, overwrite: bool) -> None:
+    """Another program may have made the file since it was looked for; a link refuses that, a rename would not."""
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except OSError:  # it exists, or the file system has no links
+        _refuse_existing(path)
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:

@@ -57,6 +57,30 @@ def test_existing_file_is_kept_unless_asked(tmp_path):
     assert os.listdir(tmp_path) == ["x.txt"]
 
 
+def test_a_file_that_appears_while_another_is_written_is_kept(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def write(file):
+        path.write_text("of another program")
+        file.write(b"ours")
+
+    with pytest.raises(OutputError, match="exists already"):
+        write_file(path, write)
+    assert path.read_text() == "of another program"
+    assert list(tmp_path.iterdir()) == [path]
+    write_file(path, write, overwrite=True)
+    assert path.read_text() == "ours"
+
+
+def test_file_systems_without_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    write_text(tmp_path / "a.txt", "ours")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "ours")]
+
+
 def test_results_have_ordinary_permissions(tmp_path):
     write_text(tmp_path / "ours", "")
     (tmp_path / "ordinary").touch()
