@@ -380,6 +380,18 @@ def test_the_edit_is_the_same_inside_of_any_context(text_pipe, inside, tmp_path)
         diffaccel.remove_edit(text_pipe, one)
 
 
+def test_written_weights_act_inside_of_an_open_autocast():
+    pipe, found = tiny_pipeline("sd"), []
+    edit = random_edit(pipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for act in (None, diffaccel.apply_edit, diffaccel.remove_edit):
+            if act:
+                act(pipe, edit)
+            found.append(draw_nothing(pipe))
+    assert (found[1] - found[0]).abs().max() > 1e-2
+    assert torch.equal(found[2], found[0])
+
+
 def test_dropout_stays_out_of_an_edit():
     pipe = tiny_text_pipeline("pixart")
     wanted = diffaccel.erase(pipe, "circle", **PLAIN)

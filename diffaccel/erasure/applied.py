@@ -132,6 +132,7 @@ class Applied(seams.Residence):
 
     def settle(self, network: nn.Module) -> None:
         """Bring hooks to where the edits ask for them; move in with the first edit and out with the last."""
+        torch.clear_autocast_cache()  # an open `autocast` would go on with its copies of the old weights
         had_maps = bool(self._plan)
         self._plan, self._written_plan = _plan(self.mapped), _plan(self.written)
         for module in self.hooked:

@@ -152,9 +152,12 @@ def weight_at(network: nn.Module, path: str) -> Tensor | None:
 
     Then the tensor on the module is there, but holds whatever was in memory.
     """
-    module, names = unwrapped(live(network, path)), path.split(".")
-    holders = [network.get_submodule(".".join(names[:i])) for i in range(len(names))]
-    return None if any(_group_on_disk(holder) for holder in (*holders, module)) else stored_weight(module)
+    module, holder = unwrapped(live(network, path)), network
+    on_disk = _group_on_disk(network) or _group_on_disk(module)
+    for name in path.split(".")[:-1]:
+        holder = getattr(holder, name)
+        on_disk = on_disk or _group_on_disk(holder)
+    return None if on_disk else stored_weight(module)
 
 
 def _group_on_disk(module: nn.Module) -> bool:
