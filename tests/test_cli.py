@@ -323,11 +323,11 @@ def test_interrupt_keeps_finished_pictures_only(tiny_folder, tmp_path, monkeypat
 
     real, calls = diffaccel.output._write_and_rename, []
 
-    def interrupted(path, write):
-        calls.append(path)
+    def interrupted(*args):
+        calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(path, write)
+        real(*args)
 
     monkeypatch.setattr("diffaccel.output._write_and_rename", interrupted)
     assert generate(tiny_folder, tmp_path, "--count", 3).exit_code == 130
