@@ -347,6 +347,8 @@ def test_an_edit_of_another_model_is_refused_before_drawing(text_pipe, monkeypat
     monkeypatch.setattr(type(text_pipe.unet), "forward", lambda *args, **kwargs: pytest.fail("it drew"))
     with pytest.raises(Unsupported, match=r"does not fit this StableDiffusionPipeline"):
         prove(text_pipe, alien)
+    with pytest.raises(Unsupported, match="NoneType is not supported"):
+        prove(None, edit)
     with pytest.raises(DiffaccelError, match=r"prove on the pipeline inside, fast\.pipe"):
         prove(diffaccel.wrap(text_pipe, GuidanceInterval(low=0.3, high=5.0)), edit)
 

@@ -42,6 +42,7 @@ from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.erasure.scope import untouched, without_edit
 from diffaccel.erasure.scores import binomial
 from diffaccel.errors import Unsupported
+from diffaccel.pipelines.conventions import find_convention
 
 Progress = Callable[[int, int, str], None]
 MOST_KEPT = 12  # kept phrases that are drawn if nobody chooses; an edit may list a thousand
@@ -150,6 +151,7 @@ def _check_call(pipe: Any, call: Mapping[str, Any]) -> None:
 
     if isinstance(pipe, AcceleratedPipeline):
         raise ProofError("A proof is about a model and an edit alone: prove on the pipeline inside, fast.pipe.")
+    find_convention(pipe)  # or says what is supported
     known = {
         name
         for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()
