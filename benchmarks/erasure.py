@@ -129,9 +129,11 @@ class Results:
         )
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep rows, the newest of each key; a process that writes the same file at the same time loses nothing."""
+        """Keep rows, the newest of each key and conditions; a process that writes the same file at the same time loses nothing."""
         others = read_rows(self.path) if self.path.exists() and self.rows else []
-        merged = {json.dumps(row["key"]): row for row in (*others, *self.rows, *map(json_value, rows))}
+        merged = {
+            json.dumps([row["key"], row["conditions"]]): row for row in (*self.rows, *others, *map(json_value, rows))
+        }
         self.rows = list(merged.values())
         text = (
             json.dumps({"machine": self.facts, "refused": self.refused, "rows": self.rows}, indent=1, allow_nan=False)

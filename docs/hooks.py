@@ -19,10 +19,12 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(folder) for folder in (DOCS, ROOT) if str(folder) not in sys.path]
 
+import erasure_tables
 import tables
 
 SECTION = re.compile(r"(<!-- generated: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- end generated -->)", re.DOTALL)
 Maker = Callable[..., str]
+MAKERS: dict[str, Maker] = {**tables.MAKERS, "erasure": erasure_tables.erasure}
 
 
 def fill(text: str, makers: dict[str, Maker]) -> str:
@@ -52,13 +54,13 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    return fill(markdown, tables.MAKERS)
+    return fill(markdown, MAKERS)
 
 
 def main() -> None:
     import support
 
-    makers = tables.MAKERS | support.MAKERS
+    makers = MAKERS | support.MAKERS
     for page in pages():
         before = page.read_text(encoding="utf-8")
         after = fill(before, makers)

@@ -39,7 +39,7 @@ def test_the_site_builds_without_warnings_or_network(tmp_path):
 @pytest.mark.parametrize("page", hooks.pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_computed_sections_are_up_to_date(page):
     text = page.read_text()
-    assert hooks.fill(text, tables.MAKERS) == text, f"{page.name} is out of date; run `make docs`"
+    assert hooks.fill(text, hooks.MAKERS) == text, f"{page.name} is out of date; run `make docs`"
     assert text.count("<!-- generated:") == text.count("<!-- end generated -->")
 
 
