@@ -33,7 +33,9 @@ def erasure(subject: str) -> str:
         kinds.setdefault((KINDS.get(row["group"], row["group"]), name(row)), []).append(row)
     methods = [name(row) for row in rows]
     ranked = sorted(kinds, key=lambda kind: (ORDER.index(kind[0]), "(" in kind[1], methods.index(kind[1])))
-    return table(HEADER, [(kind, f"`{method}`", *_cells(kinds[kind, method])) for kind, method in ranked])
+    cells = [(kind, f"`{method}`", *_cells(kinds[kind, method])) for kind, method in ranked]
+    shown = len(HEADER) if any(row[-1] for row in cells) else -1  # the last column is empty where nothing was attacked
+    return table(HEADER[:shown], [row[:shown] for row in cells])
 
 
 def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
