@@ -114,8 +114,20 @@ class Actions:
         """Set the switches to a preset, for this model. The custom one is whatever they say already."""
         if preset not in presets():
             return [gr.skip()] * (1 + len(self.fields))
-        with self._readable(self.session(request)):
-            return self._switches(recipes.preset(preset, self.engine, model))
+        session = self.session(request)
+        with self._readable(session):
+            session.filled = recipes.preset(preset, self.engine, model)
+            return self._switches(session.filled)
+
+    def refill(self, preset: str, model: str, request: gr.Request) -> list[Update]:
+        """Another model: set the switches only where its preset is another one.
+
+        An answer that comes late would take back what a visitor has switched meanwhile.
+        """
+        session = self.session(request)
+        with self._readable(session):
+            same = preset in presets() and recipes.preset(preset, self.engine, model) == session.filled
+        return [gr.skip()] * (1 + len(self.fields)) if same else self.fill(preset, model, request)
 
     def upload(self, file: str | None, model: str, request: gr.Request) -> list[Update]:
         """Set the switches to a recipe file: preset name, methods, fields."""

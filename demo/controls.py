@@ -161,7 +161,8 @@ def wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: S
     }
     gr.on([control.change for control in (*switches.recipe, picture.model)], **check)
     gr.on([control.input for control in every], lambda: CUSTOM, None, switches.preset, **quiet)
-    gr.on([switches.preset.input, picture.model.change], **filled)
+    switches.preset.input(**filled)
+    picture.model.change(**{**filled, "fn": actions.refill})
     page.load(**filled)
     # an empty number that gradio mounts late turns into 0 unless it was told once that it is empty
     optional = [picture.guidance, picture.width, picture.height]

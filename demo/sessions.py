@@ -28,12 +28,14 @@ class Session:
         edit: the last edit computed on the Erase tab, as (edit, file name inside `folder`).
         applied: whether that edit acts on the pictures of this session.
         problem: the sentence of the last error, for the page.
+        filled: the preset that the page's switches were last set to.
     """
 
     folder: Path
     edit: tuple[Any, str] | None = None
     applied: bool = False
     problem: str = ""
+    filled: Recipe | None = None
     _events: dict[str, threading.Event] = field(default_factory=dict)
     _runs: int = 0
     _guard: threading.Lock = field(default_factory=threading.Lock)

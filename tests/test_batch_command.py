@@ -184,22 +184,32 @@ def test_an_interrupted_command_says_so_and_leaves_a_manifest(tiny_folder, rows,
     """Once: the pictures being made are kept and the manifest is written. Twice: at once, still with a sentence."""
     rows.write_text("\n".join(f"prompt {number}" for number in range(4000)))
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(rows, "-m", tiny_folder, *OPTIONS, "-o", out),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list(out.glob("*.png")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    if times > 1:
-        assert process.stderr is not None
-        assert "Ctrl+C again" in process.stderr.readline()
-        process.send_signal(number)
-    said, complained = process.communicate(timeout=120)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and children too
+    try:
+        process = subprocess.Popen(
+            command(rows, "-m", tiny_folder, *OPTIONS, "-o", out),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            while not list(out.glob("*.png")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(number)
+            if times > 1:
+                assert process.stderr is not None
+                assert "Ctrl+C again" in process.stderr.readline()
+                process.send_signal(number)
+            said, complained = process.communicate(timeout=120)
+        finally:
+            process.kill()
     made = len(list(out.glob("*.png")))
     assert 0 < made < 4000
     if times > 1:

@@ -392,7 +392,9 @@ def test_demo_writes_picture_and_report(pipe: Any, tmp_path: Path, monkeypatch: 
     assert found.settings["guidance"] == 3.0
     assert found.plain.accuracy is not None
     assert [done for done, _, _ in seen] == list(range(len(found.rows)))
-    demo(tmp_path / "out", recipes=(HALF,), prompts=2, steps=2)  # a second demo replaces the first
+    with pytest.raises(OutputError, match="exists already; choose another output or pass --overwrite"):
+        demo(tmp_path / "out", recipes=(HALF,), prompts=2, steps=2)
+    demo(tmp_path / "out", recipes=(HALF,), prompts=2, steps=2, overwrite=True)
 
 
 def test_demo_refuses_an_unusable_folder_before_loading_anything(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
+import gradio as gr
 import pytest
 import torch
 from pydantic import Field as PydanticField
@@ -482,3 +483,16 @@ def test_errors_are_one_sentence():
     assert actions.sentence(DiffaccelError("no such\nthing.")) == "No such thing."
     assert "smaller size" in actions.sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert "secret" not in actions.sentence(ValueError("/home/secret"))
+
+
+def test_another_model_sets_the_switches_only_where_its_preset_differs(engine, tmp_path):
+    """A late answer to a change of the model took back what the visitor had switched meanwhile."""
+    acting, request = actions.Actions(engine, Sessions(tmp_path / "sessions")), SimpleNamespace(session_hash="somebody")
+    chosen = acting.fill("balanced", "shapes-sd", request)[0]
+    assert chosen == ["skip_cache"]
+    untouched = acting.refill("balanced", "shapes-sd", request)
+    assert untouched == [gr.skip()] * len(untouched)
+    assert acting.refill("balanced", "shapes-sd3", request)[0] == ["forecast"]
+    assert acting.refill("balanced", "shapes-sd", request)[0] == ["skip_cache"]
+    assert acting.fill("balanced", "shapes-sd", request)[0] == ["skip_cache"]
+    assert acting.refill("custom", "shapes-sd3", request) == untouched

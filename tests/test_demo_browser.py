@@ -203,7 +203,7 @@ def test_a_recipe_goes_out_and_comes_back(visit, tmp_path):
     assert other.page.locator("#field-skip_cache-interval input").input_value() == "4"
     (tmp_path / "bad.json").write_text('{"schema": 1, "methods": [{"method": "erase", "file": "/etc/passwd"}]}')
     other.upload("recipe-upload", tmp_path / "bad.json")
-    other.page.get_by_text("erase has no switches on this page").wait_for()
+    other.page.get_by_text("erase has no switches on this page").first.wait_for()  # a toast may say it too
 
 
 def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):

@@ -245,7 +245,7 @@ def test_the_judge_comes_with_the_bundled_models_only(pipe: Any) -> None:
     bundled = SimpleNamespace(name_or_path=str(miniature_path("shapes-sd3")), config={})
     assert bundled_judge(bundled) is not None
     with pytest.raises(ProofError, match="not both"):
-        prove(bundled, stand_in(), judge=bundled_judge(bundled), classifier=brightness)
+        prove(pipe, stand_in(), judge=bundled_judge(bundled), classifier=brightness)
 
 
 def test_pictures_of_a_folder_may_differ_in_size(tmp_path: Path) -> None:
