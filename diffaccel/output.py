@@ -39,6 +39,15 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bo
         raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
 
 
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file completely or not at all, over an existing one; several may write the same file at the same time.
+
+    Raises:
+        OSError, ValueError: the system refused. Nothing is left behind.
+    """
+    _write_and_rename(path, write, overwrite=True)
+
+
 def _write_and_rename(path: Path, write: Callable[[BinaryIO], object], overwrite: bool) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:

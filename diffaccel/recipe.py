@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method, registry
+from diffaccel.output import replace_file
 
 SCHEMA_VERSION = 1
 
@@ -156,14 +156,12 @@ class Recipe(BaseModel):
         """
         target = Path(path)
         data = self._with(lambda method: method.portable(target.parent)).to_dict()
-        temporary = target.with_name(target.name + ".part")
+        text = json.dumps(data, indent=2) + "\n"
         try:
-            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise RecipeError(f"cannot write the recipe to {target}: {error.strerror or error}.") from error
+            replace_file(target, lambda file: file.write(text.encode()))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"cannot write the recipe to {target}: {reason}.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

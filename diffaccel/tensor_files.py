@@ -7,7 +7,6 @@ what is used; nothing in it is ever executed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffaccel.errors import DiffaccelError
+from diffaccel.output import replace_file
 
 LONGEST_HEADER = 8 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,16 +53,12 @@ class TensorFile:
             refusal: it cannot be written.
         """
         target = Path(path)
-        temporary = target.with_name(target.name + ".part")
         data = save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=dict(metadata)
         )
         try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
+            replace_file(target, lambda file: file.write(data))
         except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError, ValueError):
-                temporary.unlink()
             reason = getattr(error, "strerror", None) or error
             raise self.refusal(f"cannot write {self.holds} to {target}: {reason}.") from error
 

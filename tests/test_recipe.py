@@ -357,7 +357,7 @@ def test_saving_replaces_the_file_in_one_step(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    for module, name in ((os, "replace"), (type(path), "write_text")):
+    for module, name in ((os, "replace"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_, **__: full_disk())
             assert "No space left on device" in refusal(Recipe(name="new").save, path)
@@ -365,6 +365,21 @@ def test_saving_replaces_the_file_in_one_step(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [path]
     Recipe(name="new").save(path)
     assert Recipe.load(path).name == "new"
+
+
+def test_two_may_save_the_same_recipe_at_the_same_time(tmp_path, monkeypatch):
+    """They shared one temporary file, and the slower one found it gone."""
+    path, replace = tmp_path / "r.json", os.replace
+
+    def meanwhile(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        Recipe(name="other").save(path)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    Recipe(name="mine").save(path)
+    assert Recipe.load(path).name == "mine"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_descriptions_name_what_differs_from_the_default():
