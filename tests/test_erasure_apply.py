@@ -9,7 +9,7 @@ import json
 import accelerate
 import pytest
 import torch
-from peft import LoraConfig
+from tiny import load_lora
 from tiny_edits import ALL, VALUES, denoiser, mapped, random_edit, same_weights, tiny_of, weights_of
 
 import diffaccel
@@ -337,14 +337,6 @@ def test_a_cast_in_between(way):
 
 
 # --- LoRA and fused projections ---
-
-
-def load_lora(pipe):
-    torch.manual_seed(7)
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"]))
-    for name, weight in pipe.unet.named_parameters():
-        if "lora" in name:
-            torch.nn.init.normal_(weight, std=0.5)
 
 
 LORA = {

@@ -9,8 +9,7 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
-from tiny import run, tiny_pipeline
+from tiny import load_lora, run, tiny_pipeline
 from tiny_edits import random_edit, same_weights, weights_of
 from tiny_text import clip, clip_tokenizer, t5, t5_tokenizer, tiny_text_pipeline
 
@@ -208,14 +207,6 @@ def draw_nothing(pipe, text=None):
 
 
 # --- weights that others write ---
-
-
-def load_lora(pipe):
-    torch.manual_seed(7)
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"]))
-    for name, weight in pipe.unet.named_parameters():
-        if "lora" in name:
-            torch.nn.init.normal_(weight, std=0.5)
 
 
 @pytest.mark.parametrize("called_before", [False, True])

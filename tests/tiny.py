@@ -220,3 +220,14 @@ def run(pipe: Any, kind: str, **options: Any) -> torch.Tensor:
     """Pictures (n, 3, h, w) of one call."""
     images = pipe(**tiny_inputs(kind, **options)).images
     return torch.as_tensor(images).float()
+
+
+def load_lora(pipe: Any) -> None:
+    """A LoRA with large weights on the text projections of a UNet."""
+    from peft import LoraConfig
+
+    torch.manual_seed(7)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"]))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.5)
