@@ -427,17 +427,27 @@ def test_a_prompt_list_from_a_windows_editor(tmp_path):
 @pytest.mark.parametrize("make", [lambda: t5(16, 3), lambda: clip(16, 1)], ids=["t5", "clip"])
 def test_learned_vectors_reach_what_the_text_encoder_reads(make):
     """Text encoders may look their tokens up in another module than the one they name."""
-    encoder, tokenizer = make(), t5_tokenizer() if "T5" in type(make()).__name__ else clip_tokenizer()
+    encoder, tokenizer = make().double(), t5_tokenizer() if "T5" in type(make()).__name__ else clip_tokenizer()
     word = LearnedWord(tokenizer, encoder, "circle", 100)
     ids = tokenizer("a red circle", return_tensors="pt").input_ids
     stock = encoder(ids)[0]
+    maker = torch.Generator().manual_seed(0)  # behind a layer norm a plain sum depends on nothing
+    seen = torch.randn(stock.shape, generator=maker, dtype=torch.float64)
+    way = torch.randn(word.vectors.shape, generator=maker, dtype=torch.float64).to(word.vectors)
     with inserted([word]):
         assert torch.allclose(encoder(ids)[0], stock, atol=1e-5)  # to begin with, the word's own vectors
         assert word.found
         with torch.no_grad():
             word.vectors.mul_(-1)
         changed = encoder(ids)[0]
-        changed.sum().backward()
+        (changed * seen).sum().backward()
+        slope = float((word.vectors.grad * way).sum())
+        with torch.no_grad():
+            word.vectors.add_(1e-3 * way)
+            further = float((encoder(ids)[0] * seen).sum())
+            word.vectors.sub_(2e-3 * way)
+            nearer = float((encoder(ids)[0] * seen).sum())
+    assert abs(slope) > 1e-2
+    assert (further - nearer) / 2e-3 == pytest.approx(slope, rel=1e-2)  # the vectors are single precision
     assert (changed - stock).abs().max() > 1e-2
-    assert word.vectors.grad.abs().max() > 0
     assert torch.equal(encoder(ids)[0], stock)

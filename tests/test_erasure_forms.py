@@ -18,6 +18,7 @@ from diffaccel.erasure.closed_forms import (
     compose,
     compress,
     harden,
+    hidden,
     influential,
     mean_square,
     null_edit,
@@ -30,6 +31,10 @@ from diffaccel.erasure.closed_forms import (
     ridge_for_strength,
     strengths,
 )
+from diffaccel.erasure.concepts import ErasureError
+from diffaccel.erasure.problem import Problem, Scale
+from diffaccel.erasure.settings import SPEED
+from diffaccel.erasure.solvers import SOLVERS
 
 WIDTH = 64
 
@@ -216,11 +221,53 @@ def test_a_requested_strength_is_met_by_the_largest_ridge() -> None:
     assert float(strengths(columns, null_edit(columns, space, 1.01 * found)).min()) < 0.8
 
 
-def test_a_strength_that_the_null_space_cannot_give_is_none() -> None:
+@pytest.mark.parametrize("rounding", [0.0, 1e-7, -3e-7], ids=["exact", "single precision", "other encoder batch"])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_what_lies_within_the_kept_rows_cannot_be_erased(scale: float, rounding: float) -> None:
+    """Neither the unit of the embeddings nor the last bits of an encoder make a concept visible to a null space."""
+    columns = replace(toy(2), owner=torch.arange(2))
+    spoken = columns.target[:, :1] + rounding * columns.target[:, :1].norm() * rows(9, 1) / WIDTH**0.5
+    hidden_one = replace(columns, keep=scale * torch.cat([columns.keep, spoken], 1))
+    hidden_one = replace(hidden_one, target=scale * columns.target, anchor=scale * columns.anchor)
+    space = null_space(hidden_one.keep, columns.invariants, threshold=1e-9, relative=True)
+    assert hidden(hidden_one, space) == [0]
+    assert ridge_for_strength(hidden_one, space, 0.5) is None
+    left_alone = strengths(hidden_one, null_edit(hidden_one, space, 1e-12 * scale**2))
+    assert abs(float(left_alone[0])) < 1e-6
+    assert float(left_alone[1]) > 0.9
+    problem = Problem(None, hidden_one, None, (), Scale.of(hidden_one, ()), "sequence", ("ring", "star"))
+    settings = {"threshold": 1e-9, "threshold_relative": True, "prior_filter": False, "augment": 0}
+    for given in ({"ridge": 1.0}, {"strength": 0.5}):
+        with pytest.raises(
+            ErasureError, match=r"^'ring' lies within what is preserved of the sequence text, so it cannot"
+        ):
+            SOLVERS[SPEED](problem, SPEED(**settings, **given))
+
+
+def test_a_faint_concept_is_erased_as_strongly_as_the_others() -> None:
+    columns = replace(toy(2), owner=torch.arange(2))
+    faint = replace(columns, target=columns.target * torch.tensor([1.0, 1e-4]).double())
+    space = null_space(columns.keep, columns.invariants, threshold=1e-9, relative=True)
+    found = ridge_for_strength(faint, space, 0.9)
+    assert found is not None
+    assert float(strengths(faint, null_edit(faint, space, found)).min()) == pytest.approx(0.9, abs=1e-4)
+
+
+def test_rounding_is_no_direction_to_preserve() -> None:
+    """An absolute threshold below what rounding makes of a zero eigenvalue does not count that rounding as content."""
+    columns = toy(4, 20)
+    many = columns.keep @ rows(4, 20).T @ rows(5, 300)  # 300 rows of 20 dimensions
+    noisy = many + 1e-9 * many.norm() / many.numel() ** 0.5 * rows(6, 300)
+    for keep in (many, noisy):
+        space = null_space(keep, columns.invariants, threshold=1e-30, relative=False)
+        assert space.free == WIDTH - 20 - 3
+
+
+def test_no_error_of_an_attack_on_what_no_projection_reads() -> None:
     columns = toy(2)
-    hidden = replace(columns, keep=torch.cat([columns.keep, columns.target], 1))
-    space = null_space(hidden.keep, columns.invariants, threshold=1e-9, relative=True)
-    assert ridge_for_strength(columns, space, 0.5) is None
+    edit = ridge(columns, 0.5, 1.0)
+    blind = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    assert recovered_error(edit, blind, columns.target, columns.target) == 0
 
 
 # --- prior filter and augmentation ---

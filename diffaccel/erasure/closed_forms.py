@@ -22,6 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# Rows come from encoders of single precision: a share of a row's length below this is rounding, which differs from one
+# processor to the next. No rank, threshold or division may rest on it.
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -117,9 +121,10 @@ def recover(edit: LowRank, gram: Tensor, columns: Tensor, ridge: float) -> Tenso
 
 
 def recovered_error(edit: LowRank, gram: Tensor, found: Tensor, columns: Tensor) -> float:
-    """||W' c_adv - W c|| / ||W c|| over all projections and columns: 0 is a perfect attack."""
+    """||W' c_adv - W c|| / ||W c|| over all projections and columns: 0 is a perfect attack, also where W c is nothing."""
     difference = found + edit.change(found) - columns
-    return math.sqrt(_energy(gram, difference) / _energy(gram, columns))
+    share = _energy(gram, difference) / _energy(gram, columns) if _energy(gram, columns) > 0 else 0.0
+    return math.sqrt(share)
 
 
 def harden(
@@ -236,9 +241,10 @@ class NullSpace:
     largest: float
 
     def project(self, columns: Tensor) -> Tensor:
-        """The part of columns (d, n) inside the null space; projected twice against rounding."""
+        """The part of columns (d, n) inside the null space; projected twice, and zero where only rounding is left."""
         once = columns - self.taken @ (self.taken.T @ columns)
-        return once - self.taken @ (self.taken.T @ once)
+        twice = once - self.taken @ (self.taken.T @ once)
+        return twice * (twice.norm(dim=0) > ROUNDING * columns.norm(dim=0))
 
 
 def null_space(
@@ -255,12 +261,11 @@ def null_space(
         return _without(torch.zeros(size, 0, dtype=torch.float64), invariants, 0.0)
     values, vectors = _spectrum(keep)
     largest = max(float(values.max()), 0.0)
+    present = values > _noise(keep, largest)  # directions that carry nothing at all are free anyway
     if directions is None:
-        strong = values >= (threshold * largest if relative else threshold)
+        strong = present & (values >= (threshold * largest if relative else threshold))
     else:
-        strong = torch.zeros_like(values, dtype=torch.bool)
-        strong[: max(0, size - directions)] = True
-        strong &= values > largest * 1e-14  # directions that carry nothing at all are free anyway
+        strong = present & (torch.arange(len(values)) < size - directions)
     return _without(vectors[:, strong], invariants, largest)
 
 
@@ -274,23 +279,24 @@ def _spectrum(keep: Tensor) -> tuple[Tensor, Tensor]:
     inner = keep.T @ keep / count
     values, small = torch.linalg.eigh((inner + inner.T) / 2)
     values, small = values.flip(0), small.flip(1)
-    present = values > values[0] * 1e-14
+    present = values > _noise(keep, float(values[0]))
     values = values[present]
     vectors, signs = torch.linalg.qr(keep @ small[:, present])  # orthogonal already; QR takes the rounding away
     return values, vectors * signs.diagonal().sign()
 
 
+def _noise(keep: Tensor, largest: float) -> float:
+    """What rounding alone can make of an eigenvalue of K K^T."""
+    return max(keep.shape) * torch.finfo(keep.dtype).eps * largest
+
+
 def _without(taken: Tensor, invariants: Tensor, largest: float) -> NullSpace:
-    rest = invariants - taken @ (taken.T @ invariants)
-    rest = rest - taken @ (taken.T @ rest)
-    lengths = invariants.norm(dim=0).clamp(min=1e-300)
-    basis = taken
-    for column in (rest / lengths).T:  # few; one by one, so that dependent ones add nothing
-        left = column - basis @ (basis.T @ column)
-        left = left - basis @ (basis.T @ left)
-        if float(left.norm()) > 1e-10:
-            basis = torch.cat([basis, (left / left.norm())[:, None]], 1)
-    return NullSpace(basis, basis.shape[0] - basis.shape[1], largest)
+    space = NullSpace(taken, taken.shape[0] - taken.shape[1], largest)
+    for column in invariants.T:  # few; one by one, so that dependent ones add nothing
+        left = space.project(column[:, None])
+        if float(left.norm()) > 0:
+            space = NullSpace(torch.cat([space.taken, left / left.norm()], 1), space.free - 1, largest)
+    return space
 
 
 def null_edit(columns: Columns, space: NullSpace, ridge: float) -> LowRank:
@@ -313,18 +319,29 @@ def null_edit(columns: Columns, space: NullSpace, ridge: float) -> LowRank:
 
 def ridge_for_strength(columns: Columns, space: NullSpace, strength: float) -> float | None:
     """The largest ridge at which every concept is erased by at least `strength`; None if no ridge gives as much."""
-    seen = float(space.project(columns.target).square().sum(0).max())
-    low, high = math.log(1e-10 * max(seen, 1e-30)), math.log(1e6 * max(seen, 1e-30))
+    seen = space.project(columns.target).square().sum(0)
+    if hidden(columns, space):
+        return None
+    largest, smallest = float(seen.max()), float(seen[seen > 0].min())
+    low = math.log(max(1e-10 * smallest, 1e-12 * largest))  # below, the system behind it is singular in float64
+    high = math.log(1e6 * largest)
 
     def weakest(exponent: float) -> float:
         return float(strengths(columns, null_edit(columns, space, math.exp(exponent))).min())
 
-    if seen <= 0 or weakest(low) < strength:
+    if weakest(low) < strength:
         return None
     for _ in range(48):
         middle = (low + high) / 2
         low, high = (middle, high) if weakest(middle) >= strength else (low, middle)
     return math.exp(low)
+
+
+def hidden(columns: Columns, space: NullSpace) -> list[int]:
+    """Concepts of which the null space sees nothing but rounding: they lie within what is preserved."""
+    seen, moves = space.project(columns.target).any(0), _moving(columns)
+    mine = [(int(concept), columns.owner == concept) for concept in columns.owner.unique()]
+    return [concept for concept, own in mine if bool((own & moves).any()) and not bool((own & moves & seen).any())]
 
 
 # --- what an edit does ---
@@ -336,25 +353,29 @@ def strengths(columns: Columns, edit: LowRank) -> Tensor:
     The mean over its columns of <c* - c, D c> / ||c* - c||^2. For a single column of a null-space edit this is SPEED's
     ||P c||^2 / (||P c||^2 + ridge).
     """
-    wanted = columns.anchor - columns.target
-    square = wanted.square().sum(0)
-    moves = square > 1e-20 * columns.target.square().sum(0).clamp(min=1e-300)
-    share = (wanted * edit.change(columns.target)).sum(0) / square.clamp(min=1e-300)
+    wanted, moves = columns.anchor - columns.target, _moving(columns)
+    share = (wanted * edit.change(columns.target)).sum(0) / wanted.square().sum(0)
     return _by_owner(share, columns.owner, moves, empty=1.0)
 
 
 def residuals(columns: Columns, edit: LowRank) -> Tensor:
     """How far each concept stays from its anchor, ||c + D c - c*|| / ||c - c*||, mean over its columns; (concepts,)."""
-    wanted = columns.anchor - columns.target
-    length = wanted.norm(dim=0)
-    moves = length > 1e-10 * columns.target.norm(dim=0)
-    share = (wanted - edit.change(columns.target)).norm(dim=0) / length.clamp(min=1e-300)
+    wanted, moves = columns.anchor - columns.target, _moving(columns)
+    share = (wanted - edit.change(columns.target)).norm(dim=0) / wanted.norm(dim=0)
     return _by_owner(share, columns.owner, moves, empty=0.0)
 
 
+def _moving(columns: Columns) -> Tensor:
+    """Columns whose anchor is another row than they are, beyond rounding; a mask (n,)."""
+    longest = torch.maximum(columns.target.norm(dim=0), columns.anchor.norm(dim=0))
+    moves: Tensor = (columns.anchor - columns.target).norm(dim=0) > ROUNDING * longest
+    return moves
+
+
 def relative_change(columns: Tensor, edit: LowRank) -> Tensor:
-    """||D c|| / ||c|| of every column; (m,)."""
-    share: Tensor = edit.change(columns).norm(dim=0) / columns.norm(dim=0).clamp(min=1e-300)
+    """||D c|| / ||c|| of every column, 0 for an empty one; (m,)."""
+    lengths = columns.norm(dim=0)
+    share: Tensor = edit.change(columns).norm(dim=0) / torch.where(lengths > 0, lengths, 1.0)
     return share
 
 
@@ -383,14 +404,17 @@ def _by_owner(share: Tensor, owner: Tensor, counted: Tensor, *, empty: float) ->
 
 
 def _energy(gram: Tensor, columns: Tensor) -> float:
-    return max(float((columns * (gram @ columns)).sum()), 1e-300)
+    """sum ||W c||^2 >= 0; what rounding alone can leave of it counts as nothing."""
+    found = float((columns * (gram @ columns)).sum())
+    noise = len(gram) * torch.finfo(gram.dtype).eps * float(gram.norm() * columns.square().sum())
+    return found if found > noise else 0.0
 
 
 def centres(rows: Tensor, count: int) -> Tensor:
     """k-means centres (d, at most count) of columns (d, m): farthest-point starts, Lloyd steps until nothing moves."""
     chosen = [0]
     distance = (rows - rows[:, :1]).square().sum(0)
-    while len(chosen) < count and float(distance.max()) > 1e-12 * float(rows.square().sum(0).max()):
+    while len(chosen) < count and float(distance.max()) > ROUNDING**2 * float(rows.square().sum(0).max()):
         chosen.append(int(distance.argmax()))
         distance = torch.minimum(distance, (rows - rows[:, chosen[-1] :][:, :1]).square().sum(0))
     found, label = rows[:, chosen], None

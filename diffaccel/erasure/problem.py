@@ -27,7 +27,8 @@ class Scale:
         power = every.square().mean(1)
         factor = torch.ones_like(power)
         for first, past in blocks:
-            factor[first:past] = power[first:past].mean().sqrt().clamp(min=1e-300)
+            mean = power[first:past].mean()
+            factor[first:past] = mean.sqrt() if mean > 0 else 1.0
         used = power > 0
         if not blocks:
             return cls(used, factor[used])
@@ -67,6 +68,7 @@ class Problem:
     projections: tuple[Projection, ...]
     scale: Scale
     route: str
+    concepts: tuple[str, ...]  # names by the number of the columns' owner
 
     def gram(self) -> Tensor:
         """S = sum of W^T W over the edited projections; (d, d)."""

@@ -176,7 +176,8 @@ def _solve_route(
     collected = collect(pipe, route, concepts, protected, chosen)
     scale = Scale.of(collected.columns, collected.blocks if chosen.balance else ())
     columns = scale.shrink(collected.columns)
-    problem = Problem(pipe, columns, scale.shrink(collected.attacked), projections, scale, route.name)
+    names = tuple(concept.target for concept in concepts)
+    problem = Problem(pipe, columns, scale.shrink(collected.attacked), projections, scale, route.name, names)
     edit, found = SOLVERS[type(chosen)](problem, chosen)
     grown = forms.compress(scale.grow(edit, route.width))
     if not bool(torch.isfinite(grown.left).all() and torch.isfinite(grown.right).all()):

@@ -93,6 +93,11 @@ def _speed(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
             f"what is preserved fills all {columns.target.shape[0]} dimensions of the {problem.route} text, so nothing "
             "can be erased; raise the threshold, ask for a number of directions, or preserve less."
         )
+    for concept in forms.hidden(columns, space):
+        raise ErasureError(
+            f"{problem.concepts[concept]!r} lies within what is preserved of the {problem.route} text, so it cannot be "
+            "erased inside the null space; raise the threshold or preserve less."
+        )
     ridge = chosen.ridge
     if chosen.strength is not None:
         wanted = forms.ridge_for_strength(columns, space, chosen.strength)
