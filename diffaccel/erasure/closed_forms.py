@@ -244,7 +244,8 @@ class NullSpace:
         """The part of columns (d, n) inside the null space; projected twice, and zero where only rounding is left."""
         once = columns - self.taken @ (self.taken.T @ columns)
         twice = once - self.taken @ (self.taken.T @ once)
-        return twice * (twice.norm(dim=0) > ROUNDING * columns.norm(dim=0))
+        seen: Tensor = twice * (twice.norm(dim=0) > ROUNDING * columns.norm(dim=0))
+        return seen
 
 
 def null_space(
@@ -340,7 +341,7 @@ def ridge_for_strength(columns: Columns, space: NullSpace, strength: float) -> f
 def hidden(columns: Columns, space: NullSpace) -> list[int]:
     """Concepts of which the null space sees nothing but rounding: they lie within what is preserved."""
     seen, moves = space.project(columns.target).any(0), _moving(columns)
-    mine = [(int(concept), columns.owner == concept) for concept in columns.owner.unique()]
+    mine = [(concept, columns.owner == concept) for concept in sorted(set(columns.owner.tolist()))]
     return [concept for concept, own in mine if bool((own & moves).any()) and not bool((own & moves & seen).any())]
 
 
