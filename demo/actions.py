@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -61,7 +62,7 @@ class Actions:
             session.problem = sentence(error)
             if not isinstance(error, DiffaccelError):
                 log.exception("an action of the page failed")
-            raise gr.Error(session.problem, duration=12, print_exception=False) from error
+            raise refusal(session.problem) from error
 
     def problem(self, request: gr.Request) -> str:
         """The last error of this visitor, to stay on the page when the notice is gone."""
@@ -397,6 +398,11 @@ def _problems(error: BatchError) -> str:
 
 def _edit_note(session: Session) -> str:
     return "Both pictures are drawn with this session's edit." if session.applied else ""
+
+
+def refusal(text: str) -> gr.Error:
+    """The notice of an error. Browsers show its text as HTML, and a sentence may repeat what stood in a file."""
+    return gr.Error(escape(text, quote=False), duration=12, print_exception=False)
 
 
 def sentence(error: Exception | str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, whatever the environment says
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffaccel.demo.actions import Actions
 from diffaccel.demo.engine import Engine
@@ -21,6 +23,12 @@ from diffaccel.demo.style import CSS, HEAD, theme
 from diffaccel.errors import DiffaccelError
 
 MOST_UPLOADED = "8mb"
+# What a browser may load for the page: its own things. Gradio's templates need the two unsafe sources.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'"
+)
 
 
 def serve(
@@ -71,6 +79,7 @@ def launch(
             enable_monitoring=False,
             max_file_size=MOST_UPLOADED,
             allowed_paths=[],
+            app_kwargs={"middleware": [Middleware(_OwnThingsOnly)]},
             theme=theme(),
             css=CSS,
             head=HEAD,
@@ -83,3 +92,18 @@ def launch(
     print(f"The page is at {page.local_url} (Ctrl+C ends it).", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of the visitors goes then, too
     page.block_thread()
+
+
+class _OwnThingsOnly:
+    """Every answer tells the browser to fetch nothing from other machines, whatever text came to stand in the page."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch import BatchError, BatchPlan, BatchProgress, BatchReport, BatchSettings, plan_batch, run_batch
+from diffaccel.batch.rows import Limits, TooLarge
 from diffaccel.demo.engine import Engine, PageError, Watch
 from diffaccel.demo.markup import notes, table, tiles
 from diffaccel.demo.sessions import Session
@@ -16,8 +17,8 @@ from diffaccel.loading import default_guidance
 from diffaccel.recipe import Recipe
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-MOST_ROWS, MOST_STEPS, LARGEST_SIDE = 500, 200, 2048
-MOST_BYTES = 4 * 1024 * 1024
+MOST_STEPS, LARGEST_SIDE = 200, 2048
+LIMITS = Limits(rows=500, bytes=4 * 1024 * 1024)
 SHOWN = 24
 
 
@@ -77,8 +78,6 @@ def check(folder: Path, file: str | None, options: Options) -> BatchPlan:
     path = Path(file)
     if path.suffix.lower() not in KINDS:
         raise PageError(f"A list is one of {', '.join(KINDS)}, not {path.suffix or 'a file without extension'}.")
-    if path.stat().st_size > MOST_BYTES:
-        raise PageError(f"This list is larger than {MOST_BYTES // 1024 // 1024} MB; use diffaccel batch for it.")
     source = folder / f"list{path.suffix.lower()}"
     shutil.copyfile(path, source)
     settings = BatchSettings(
@@ -91,16 +90,16 @@ def check(folder: Path, file: str | None, options: Options) -> BatchPlan:
         metadata=options.metadata,
     )
     try:
-        return _within_limits(plan_batch(source, folder / "pictures", settings))
+        return _within_limits(plan_batch(source, folder / "pictures", settings, limits=LIMITS))
     except BatchError as error:
         if error.problems:
             raise
-        raise PageError(str(error).replace(str(source), "the list")) from error  # where the server keeps it is its own
+        said = str(error).replace(str(source), "the list")  # where the server keeps it is its own
+        more = " This page takes no more; use diffaccel batch for it." if isinstance(error, TooLarge) else ""
+        raise PageError(said + more) from error
 
 
 def _within_limits(plan: BatchPlan) -> BatchPlan:
-    if len(plan.rows) > MOST_ROWS:
-        raise PageError(f"The list has {len(plan.rows)} rows; the page takes {MOST_ROWS}. Use diffaccel batch for it.")
     for row in plan.rows:
         if row.steps > MOST_STEPS:
             raise PageError(f"Row {row.number}: {row.steps} steps are more than the {MOST_STEPS} of this page.")

@@ -76,12 +76,12 @@ def picture_controls(actions: Actions) -> Picture:
 
 def _numbers() -> dict[str, Any]:
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")  # its bounds are those of `Ask`
+        seed = gr.Number(0, label="Seed", min_width=100, elem_id="seed")  # no precision: it would round; `Ask` refuses
         steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=180, scale=2, elem_id="steps")
     with gr.Accordion("Size and guidance", open=False, elem_id="more"), gr.Row():
         own = "model's own"
-        width = gr.Number(None, label="Width", precision=0, placeholder=own, min_width=90, elem_id="width")
-        height = gr.Number(None, label="Height", precision=0, placeholder=own, min_width=90, elem_id="height")
+        width = gr.Number(None, label="Width", placeholder=own, min_width=90, elem_id="width")
+        height = gr.Number(None, label="Height", placeholder=own, min_width=90, elem_id="height")
         guidance = gr.Number(None, label="Guidance scale", placeholder=own, min_width=110, elem_id="guidance")
     return {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height}
 
@@ -128,10 +128,7 @@ def _control(field: Field) -> Any:
     if field.kind == "slider":
         return gr.Slider(field.minimum or 0, field.maximum or 1, shown, step=field.step, **shared)
     if field.kind == "number":
-        precision = 0 if field.whole else None
-        return gr.Number(
-            shown, precision=precision, placeholder=_empty(field), step=1 if field.whole else 0.01, **shared
-        )
+        return gr.Number(shown, placeholder=_empty(field), step=1 if field.whole else 0.01, **shared)
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=shown, allow_custom_value=field.open, **shared)
     return gr.Textbox(shown, placeholder=_empty(field), **shared)

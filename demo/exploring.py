@@ -52,6 +52,8 @@ class Axis:
         if field is None:
             raise PageError(f"There is no setting {setting!r}; choose one from the list.")
         parts = [part.strip() for part in text.split(";" if ";" in text else ",") if part.strip()]
+        if len(parts) > MOST_CELLS:
+            raise PageError(f"That makes {len(parts)} pictures; at most {MOST_CELLS} are drawn at once.")
         values = tuple(_value(field, part) for part in parts)
         if not values:
             raise PageError(f"Give values for {setting}, for example 2, 3, 5.")

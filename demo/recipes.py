@@ -10,7 +10,7 @@ from diffaccel.demo.fields import show_recipe
 from diffaccel.demo.sessions import Session
 from diffaccel.errors import DiffaccelError
 from diffaccel.output import safe_name
-from diffaccel.recipe import Recipe, presets
+from diffaccel.recipe import Recipe, each_once, presets
 
 MOST_BYTES = 64 * 1024
 CUSTOM = "custom"
@@ -42,10 +42,11 @@ def from_text(text: object, engine: Engine, model: str) -> Recipe:
     if len(text.encode(errors="replace")) > MOST_BYTES:
         raise PageError(f"This recipe is larger than {MOST_BYTES // 1024} KB, which no recipe is.")
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
-        raise PageError(f"This recipe is no valid JSON: {reason}.") from error
+        data = json.loads(text, object_pairs_hook=each_once)
+    except RecursionError as error:
+        raise PageError("This recipe is no valid JSON: it is nested too deeply.") from error
+    except ValueError as error:  # also a key given twice, and a number with thousands of digits
+        raise PageError(f"This recipe is no valid JSON: {str(error).partition(';')[0]}.") from error
     recipe = Recipe.from_dict(data)
     show_recipe(for_model(recipe, engine, model))  # refuses methods that name files: the server has its own
     return for_model(recipe, engine, model)

@@ -176,7 +176,7 @@ class Recipe(BaseModel):
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise RecipeError(f"cannot read the recipe {path}: {reason}.") from error
         try:
-            data = json.loads(text, object_pairs_hook=_each_once)
+            data = json.loads(text, object_pairs_hook=each_once)
         except RecursionError as error:
             raise RecipeError(f"{path} is not a recipe: it is nested too deeply.") from error
         except ValueError as error:  # no JSON, or a number with thousands of digits
@@ -201,7 +201,7 @@ class Recipe(BaseModel):
         return f"{text}; on transformers {_describe_all(self.transformer_methods)}"
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; Python's reader would take the last of two equal keys and say nothing."""
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -10,6 +10,7 @@ import pytest
 from diffaccel import GuidanceInterval, Recipe
 from diffaccel.batch import BatchError, BatchSettings, plan_batch
 from diffaccel.batch.names import checked_name, default_name
+from diffaccel.batch.rows import Limits, TooLarge
 from diffaccel.batch.settings import RowProblem
 
 
@@ -198,6 +199,54 @@ def test_files_that_are_no_lists(tmp_path, name, content, words):
         plan(tmp_path / "missing.csv", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt\n" + "x\n" * 6 + '"never closed\n'),
+        ("a.tsv", "prompt\tseed\n" + "x\t1\n" * 6 + '"never closed\n'),
+        ("a.jsonl", '{"prompt": "x"}\n' * 6 + "{\n"),
+        ("a.txt", "x\n\n" * 6),
+    ],
+)
+def test_a_list_is_read_no_further_than_its_limit(tmp_path, name, text):
+    """What stands behind the limit is not even looked at."""
+    path = written(tmp_path, name, text)
+    with pytest.raises(TooLarge, match="has more than 5 rows"):
+        plan_batch(path, tmp_path / "out", limits=Limits(rows=5))
+    with pytest.raises(TooLarge, match="holds more than 9 bytes"):
+        plan_batch(path, tmp_path / "out", limits=Limits(bytes=9))
+
+
+def test_a_parquet_file_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    text = "".join(map(chr, range(33, 126))) * 30
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [text] * 4000}), path)
+    assert path.stat().st_size < 20_000  # a text that repeats is stored once
+    unpacked: list[int] = []
+    real = pyarrow.parquet.ParquetFile.iter_batches
+
+    def counted(self, **options):
+        for part in real(self, **options):
+            unpacked.append(part.num_rows)
+            yield part
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
+    with pytest.raises(TooLarge, match="more than 500 rows"):
+        plan_batch(path, tmp_path / "out", limits=Limits(rows=500))
+    assert unpacked == []
+    with pytest.raises(TooLarge, match="more than 20000 bytes"):
+        plan_batch(path, tmp_path / "out", limits=Limits(bytes=20_000))
+    assert sum(unpacked) == 8
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x" * 100_000]}), path, compression="zstd")
+    with pytest.raises(TooLarge, match="more than 20000 bytes"):
+        plan_batch(path, tmp_path / "out", limits=Limits(bytes=20_000))
+    assert sum(unpacked) == 8
+    assert len(plan_batch(path, tmp_path / "out", limits=Limits(rows=1, bytes=200_000)).rows) == 1
+
+
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +294,8 @@ def test_wrong_recipes_name_their_mistake(tmp_path):
     assert "token_merging.ratio" in problems([{"prompt": "x", "recipe": wrong}], tmp_path)[0][1]
     assert "not valid JSON" in problems([{"prompt": "x", "recipe": "{"}], tmp_path)[0][1]
     assert "not int" in problems([{"prompt": "x", "recipe": 3}], tmp_path)[0][1]
+    twice = '{"schema": 1, "methods": [], "methods": []}'
+    assert "the key 'methods' is given twice" in problems([{"prompt": "x", "recipe": twice}], tmp_path)[0][1]
     assert "holds what JSON cannot" in problems([{"prompt": "x", "recipe": {"name": b"mine"}}], tmp_path)[0][1]
 
 

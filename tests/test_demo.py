@@ -127,6 +127,7 @@ def test_methods_that_need_a_file_have_no_controls():
     ("chosen", "shown", "sentence"),
     [
         (["skip_cache"], {("skip_cache", "interval"): 0}, "skip_cache.interval"),
+        (["skip_cache"], {("skip_cache", "interval"): 2.5}, "skip_cache.interval"),
         (["skip_cache"], {("skip_cache", "window"): "wide"}, "no list of numbers"),
         (["skip_cache"], {("skip_cache", "schedule"): "sometimes"}, "none of uniform, early, late"),
         (["skip_cache", "forecast"], {}, "use one of them"),
@@ -150,6 +151,8 @@ def test_wrong_controls_are_sentences(chosen, shown, sentence):
         ('{"schema": 1, "methods": [{"method": "erase", "file": "/etc/passwd"}]}', "no switches"),
         ('{"schema": 1, "methods": [{"method": "skip_cache", "interval": -1}]}', "skip_cache.interval"),
         ("3", "must be a JSON object"),
+        ('{"schema": 1, "methods": [], "methods": []}', "no valid JSON: the key 'methods' is given twice"),
+        ("9" * 5000, "no valid JSON: Exceeds the limit"),
     ],
 )
 def test_hostile_recipes_are_refused(engine, tiny, text, sentence):
@@ -255,6 +258,9 @@ def test_one_run_at_a_time(engine, tiny):
         ({"prompt": "x", "steps": 0}, "Steps: "),
         ({"prompt": "x", "steps": 10**9}, "Steps: "),
         ({"prompt": "x", "seed": -1}, "Seed: "),
+        ({"prompt": "x", "seed": 1.7}, "Seed: input should be a valid integer"),
+        ({"prompt": "x", "steps": 2.5}, "Steps: input should be a valid integer"),
+        ({"prompt": "x", "width": 64.5, "height": 64}, "Width: input should be a valid integer"),
         ({"prompt": "a\0b"}, "^Prompt: it holds a NUL character.$"),
         ({"prompt": "x", "negative": "\ud800"}, "^Negative: input should be a valid string"),
         ({"prompt": "x", "width": 100_000, "height": 64}, "Width: "),
@@ -450,7 +456,7 @@ def test_a_batch_is_zipped_with_its_manifest(engine, tiny, session, tmp_path):
         ("rows.exe", "a", "A list is one of"),
         ("rows.csv", "prompt,steps\na,100000\n", "steps"),
         ("rows.csv", "prompt,width,height\na,4096,4096\n", "longer than 2048"),
-        ("rows.txt", "a\n" * 501, "takes 500"),
+        ("rows.txt", "a\n" * 501, "more than 500 rows. This page takes no more"),
         ("rows.csv", "prompt,recipe\na,/etc/hosts.json\n", "recipe"),
     ],
 )
@@ -477,6 +483,14 @@ def test_looking_at_lists_pushes_out_no_results(engine, tmp_path):
         assert "1 rows, all valid" in shown
     assert running.is_dir()
     assert list(running.parent.iterdir()) == [running]
+
+
+def test_notices_are_text():
+    """Browsers show the notice of an error as HTML; a sentence repeats what stood in a file."""
+    evil = "unknown method '<img src=\"http://example.com/x.png\">' & more"
+    assert (
+        str(actions.refusal(evil).message) == "unknown method '&lt;img src=\"http://example.com/x.png\"&gt;' &amp; more"
+    )
 
 
 def test_errors_are_one_sentence():

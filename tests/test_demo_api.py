@@ -87,11 +87,20 @@ def test_compare_by_name(client):
         ([*PICTURE[:4], 10_000, *PICTURE[5:], "off", False], "Steps|less than|Value"),
         ([*PICTURE, '{"schema": 1, "methods": [{"method": "erase", "file": "/etc/passwd"}]}', False], "no switches"),
         ([*PICTURE[:-2], 100_000, 100_000, "off", False], "Width"),
+        ([*PICTURE[:3], 1.7, *PICTURE[4:], "off", False], "Seed: input should be a valid integer"),
+        ([*PICTURE, '{"schema": 1, "methods": [{"method": "<b>"}]}', False], "Unknown method '&lt;b&gt;'"),
     ],
 )
 def test_wrong_calls_are_sentences(client, arguments, sentence):
     with pytest.raises(Exception, match=sentence):
         client.predict(*arguments, api_name="/compare")
+
+
+def test_no_number_of_the_page_is_rounded(client):
+    """1.7 as a seed became 2 before anybody could refuse it."""
+    numbers = [part["props"] for part in client.config["components"] if part["type"] in ("number", "slider")]
+    assert len(numbers) > 5
+    assert [number["label"] for number in numbers if number.get("precision") is not None] == []
 
 
 def test_cancel_by_name(client):
@@ -141,6 +150,15 @@ def status(address: str, path: str, cookie: str | None = None) -> int:
     except urllib.error.HTTPError as refused:
         with refused:
             return refused.code
+
+
+def test_browsers_are_told_to_load_nothing_from_elsewhere(address):
+    """Whatever text came to stand in the page: not even a picture of another machine is fetched."""
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        policy = answer.headers["content-security-policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'self'"
+    assert not [rule for rule in rules.values() if "http" in rule or "*" in rule]
 
 
 def test_strangers_get_nothing(address):

@@ -17,7 +17,7 @@ from diffaccel.batch.rows import RawRow
 from diffaccel.batch.settings import BatchSettings, RowProblem
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method
-from diffaccel.recipe import Recipe, presets
+from diffaccel.recipe import Recipe, each_once, presets
 
 COLUMNS = ("prompt", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "recipe", "name")
 # Call arguments that the batch sets itself, and what to write instead.
@@ -201,8 +201,8 @@ class _Recipes:
     def _build(self, text: str) -> Recipe:
         if text.startswith("{"):
             try:
-                recipe = Recipe.from_dict(json.loads(text))
-            except (json.JSONDecodeError, RecursionError) as error:
+                recipe = Recipe.from_dict(json.loads(text, object_pairs_hook=each_once))
+            except (ValueError, RecursionError) as error:
                 raise _Wrong(f"{text[:40]!r} is not valid JSON: {error}") from error
             return self._located(recipe)
         if text in presets():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from diffaccel.batch.fields import KEY_LENGTH, Row, is_prompt, parse_rows
 from diffaccel.batch.names import folded
-from diffaccel.batch.rows import read_rows
+from diffaccel.batch.rows import Limits, read_rows
 from diffaccel.batch.settings import BatchError, BatchSettings, RowProblem
 from diffaccel.batch.shelf import Shelf
 from diffaccel.batch.state import HOME, Ledger, Saved, Store
@@ -125,20 +125,25 @@ def record_key(row: Row, pipeline: str) -> str:
 
 
 def plan_batch(
-    source: Path | str | Sequence[Mapping[str, Any]], output: Path | str, settings: BatchSettings | None = None
+    source: Path | str | Sequence[Mapping[str, Any]],
+    output: Path | str,
+    settings: BatchSettings | None = None,
+    *,
+    limits: Limits | None = None,
 ) -> BatchPlan:
     """Check all rows and the output folder. Writes nothing.
 
     Args:
         source: a .csv, .tsv, .jsonl, .ndjson, .parquet or .txt file, or rows as dictionaries.
         output: the folder of the results; it need not exist.
+        limits: how large a file may be; a list from a stranger needs some.
     Raises:
         BatchError: with `problems` for everything wrong with the list, or with the reason why this folder cannot take it.
             Whether the pipeline takes a size or a call argument is known to `run_batch` only, which says so before the
             first picture.
     """
     settings = settings or BatchSettings()
-    raw, problems = read_rows(source)
+    raw, problems = read_rows(source, limits)
     folder = Path(source).parent if isinstance(source, (str, Path)) else None
     rows, recipes, more = parse_rows(raw, settings, folder, {problem.row for problem in problems})
     if problems or more:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,47 @@ from diffaccel.batch.settings import BatchError, RowProblem
 RawRow = Mapping[str, Any]
 
 
-def read_rows(source: Path | str | Sequence[RawRow]) -> tuple[list[RawRow], list[RowProblem]]:
+class TooLarge(BatchError):
+    """A list beyond its limits."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a list may be; None is no limit. Looked at before and while a file is read, never afterwards.
+
+    Attributes:
+        bytes: of the file, and of what a compressed one unpacks to.
+    """
+
+    rows: int | None = None
+    bytes: int | None = None
+
+    def take(self, path: Path, rows: Iterable[Any]) -> list[Any]:
+        """The rows, read no further than one too many. Raises `TooLarge` then."""
+        found = list(itertools.islice(rows, None if self.rows is None else self.rows + 1))
+        self.allow_rows(path, len(found))
+        return found
+
+    def allow_rows(self, path: Path, count: int) -> None:
+        """Raise `TooLarge` if there are too many."""
+        if self.rows is not None and count > self.rows:
+            raise TooLarge(f"{path} has more than {self.rows} rows.")
+
+    def allow_bytes(self, path: Path, count: int) -> None:
+        """Raise `TooLarge` if there are too many."""
+        if self.bytes is not None and count > self.bytes:
+            raise TooLarge(f"{path} holds more than {self.bytes} bytes.")
+
+
+def read_rows(
+    source: Path | str | Sequence[RawRow], limits: Limits | None = None
+) -> tuple[list[RawRow], list[RowProblem]]:
     """The rows of a list with its problems of syntax; a row with such a problem is an empty dictionary.
 
     Empty lines and empty rows at the end of a spreadsheet do not count as rows.
 
     Raises:
-        BatchError: no such file, an unknown kind of file, or one that cannot be read at all.
+        BatchError: no such file, an unknown kind of file, one beyond the limits, or one that cannot be read at all.
     """
     if not isinstance(source, (str, Path)):
         return _from_mappings(source)
@@ -29,7 +66,9 @@ def read_rows(source: Path | str | Sequence[RawRow]) -> tuple[list[RawRow], list
     if reader is None:
         raise BatchError(f"{path} is no list that is known here; known are {', '.join(_READERS)}.")
     try:
-        rows, problems = reader(path)
+        limits = limits or Limits()
+        limits.allow_bytes(path, path.stat().st_size)
+        rows, problems = reader(path, limits)
     except OSError as error:
         raise BatchError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
     except UnicodeDecodeError as error:
@@ -52,18 +91,19 @@ def _from_mappings(source: Sequence[RawRow]) -> tuple[list[RawRow], list[RowProb
     return rows, problems
 
 
-def _read_csv(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+def _read_csv(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProblem]]:
     with io.StringIO(_content(path), newline="") as file:
         lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
-            filled = [line for line in lines if any(cell.strip() for cell in line)]
+            filled = (line for line in lines if any(cell.strip() for cell in line))
+            header = [name.strip() for name in next(filled, [])]
+            _check_header(path, header)
+            cells = limits.take(path, filled)
         except csv.Error as error:
             raise BatchError(f"{path}, line {lines.line_num}: {error}.") from error
-    header = [name.strip() for name in filled[0]] if filled else []
-    _check_header(path, header)
     rows: list[RawRow] = []
     problems = []
-    for number, line in enumerate(filled[1:], 1):
+    for number, line in enumerate(cells, 1):
         if len(line) != len(header):
             problems.append(RowProblem(number, f"it has {len(line)} cells, the header has {len(header)}."))
             rows.append({})
@@ -73,19 +113,17 @@ def _read_csv(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, count in collections.Counter(header).items() if count > 1)
     if twice:
         raise BatchError(f"{path} has the column {twice[0]!r} twice.")
     if "" in header:
         raise BatchError(f"{path} has a column without a name.")
 
 
-def _read_jsonl(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+def _read_jsonl(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProblem]]:
     rows: list[RawRow] = []
     problems = []
-    for line in _content(path).split("\n"):
-        if not line.strip():
-            continue
+    for line in limits.take(path, _lines(path)):
         row: Any = {}
         try:
             row = _object(json.loads(line, object_pairs_hook=_unique))
@@ -109,7 +147,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
+def _read_parquet(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProblem]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -117,13 +155,31 @@ def _read_parquet(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
         raise BatchError("Parquet needs pyarrow; install diffaccel[batch].") from error
     try:
         with path.open("rb") as file:
-            return pyarrow.parquet.read_table(file).to_pylist(), []
+            table = pyarrow.parquet.ParquetFile(file)
+            limits.allow_rows(path, table.metadata.num_rows)
+            return limits.take(path, _unpacked(path, table, limits)), []
     except pyarrow.ArrowException as error:
         raise BatchError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}.") from error
 
 
-def _read_text(path: Path) -> tuple[list[RawRow], list[RowProblem]]:
-    return [{"prompt": line.strip()} for line in _content(path).split("\n") if line.strip()], []
+def _unpacked(path: Path, table: Any, limits: Limits) -> Iterator[RawRow]:
+    """The rows of a Parquet file. A few rows at a time, since one long text may stand for any number of them."""
+    groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+    limits.allow_bytes(path, sum(group.total_byte_size for group in groups))
+    size = 0
+    for part in table.iter_batches(batch_size=1024 if limits.bytes is None else 8):
+        size += part.nbytes
+        limits.allow_bytes(path, size)
+        yield from part.to_pylist()
+
+
+def _read_text(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProblem]]:
+    return [{"prompt": line.strip()} for line in limits.take(path, _lines(path))], []
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines that are not empty; only a line feed ends one."""
+    return (line for line in _content(path).split("\n") if line.strip())
 
 
 def _content(path: Path) -> str:
@@ -134,7 +190,7 @@ def _content(path: Path) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[Path], tuple[list[RawRow], list[RowProblem]]]] = {
+_READERS: dict[str, Callable[[Path, Limits], tuple[list[RawRow], list[RowProblem]]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".jsonl": _read_jsonl,
