@@ -357,6 +357,16 @@ class Actions:
 
     # --- the edit ---
 
+    @staticmethod
+    def hint(prompt: str, concepts: str, keep: str) -> str:
+        """What should be looked at before an edit is computed."""
+        return message(" ".join(erasing.hints(prompt, concepts, keep)))
+
+    def edit_buttons(self, request: gr.Request) -> tuple[Update, Update]:
+        """Apply and Undo answer where there is something to apply or undo."""
+        session = self.session(request)
+        return gr.update(interactive=erasing.can_apply(session)), gr.update(interactive=session.applied is not None)
+
     def apply(self, request: gr.Request) -> str:
         """Apply this visitor's edit."""
         with self._readable(self.session(request)):

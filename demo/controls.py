@@ -15,6 +15,8 @@ from diffaccel.recipe import presets
 
 # What answers at once and can refuse: through the queue too, since elsewhere a refusal is a server error to browsers.
 QUICK: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": None, "show_progress": "hidden"}
+# What cannot refuse and nobody calls by name.
+SILENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,13 @@ def _empty(field: Field) -> str:
 
 def wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: Switches) -> None:
     """Presets fill the switches; every change is checked at once, and makes the recipe a custom one."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     every = [switches.methods, *switches.fields]
     check = {
         "fn": actions.check,
         "inputs": [picture.model, *switches.recipe],
         "outputs": [switches.text, switches.message, switches.download],
         "trigger_mode": "always_last",
-        **quiet,
+        **SILENT,
     }
     filled = {
         "fn": actions.fill,
@@ -157,14 +158,14 @@ def wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: S
         **QUICK,
     }
     gr.on([control.change for control in (*switches.recipe, picture.model)], **check)
-    gr.on([control.input for control in every], lambda: CUSTOM, None, switches.preset, **quiet)
+    gr.on([control.input for control in every], lambda: CUSTOM, None, switches.preset, **SILENT)
     switches.preset.input(**filled)
     picture.model.change(**{**filled, "fn": actions.refill})
     page.load(**filled)
     # an empty number that gradio mounts late turns into 0 unless it was told once that it is empty
     optional = [picture.guidance, picture.width, picture.height]
-    page.load(lambda: [None] * len(optional), None, optional, **quiet)
-    switches.methods.change(actions.groups, switches.methods, switches.groups, **quiet)
+    page.load(lambda: [None] * len(optional), None, optional, **SILENT)
+    switches.methods.change(actions.groups, switches.methods, switches.groups, **SILENT)
     uploaded = switches.upload.upload(
         actions.upload,
         [switches.upload, picture.model],
@@ -172,4 +173,4 @@ def wire_recipe(page: gr.Blocks, actions: Actions, picture: Picture, switches: S
         api_name="upload_recipe",
         **QUICK,
     )
-    uploaded.failure(actions.problem, None, switches.message, **quiet)
+    uploaded.failure(actions.problem, None, switches.message, **SILENT)

@@ -110,7 +110,9 @@ class Erased:
 
 
 def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Request, watch: Watch) -> Erased:
-    """Solve for the edit and draw the prompt before and after. It becomes the session's edit, not yet applied.
+    """Solve for the edit and draw the prompt before and after: stock model, and this edit alone.
+
+    It becomes the session's edit, not yet applied; one that is applied stays so.
 
     Raises:
         DiffaccelError: the model, the settings or the request; or `Cancelled`.
@@ -133,21 +135,21 @@ def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Reque
         watch.label = "after"
         recipe = Recipe(name="erase", methods=(Erase(file=name).located(session.folder),))
         after = engine.draw(recipe, ask, watch, folder / "after.png", str(session.folder))
-    session.edit, session.applied = (edit, name), False
+    session.edit = edit, name
     return Erased(edit, session.folder / name, before, after, tuple(str(warning.message) for warning in caught))
 
 
 def apply(session: Session) -> str:
-    """From now on the session's pictures are drawn with its edit. A sentence that says so.
+    """From now on the session's pictures are drawn with its edit, in place of one applied before. A sentence that says so.
 
     Raises:
         PageError: there is no edit, or it is applied already.
     """
     if session.edit is None:
         raise PageError("There is no edit yet: compute one first.")
-    if session.applied:
+    if not can_apply(session):
         raise PageError("This edit is applied already.")
-    session.applied = True
+    session.applied = session.edit
     return state(session)
 
 
@@ -157,17 +159,41 @@ def undo(session: Session) -> str:
     Raises:
         PageError: no edit is applied.
     """
-    if not session.applied:
+    if session.applied is None:
         raise PageError("No edit is applied, so there is nothing to undo.")
-    session.applied = False
+    session.applied = None
     return state(session)
 
 
+def can_apply(session: Session) -> bool:
+    """Whether there is an edit that does not act yet."""
+    return session.edit is not None and (session.applied is None or session.edit[1] != session.applied[1])
+
+
 def state(session: Session) -> str:
-    """What acts on this session's pictures, in one sentence."""
+    """What acts on this session's pictures, and what could."""
     if session.edit is None:
         return "No edit yet. The model is as it came."
-    names = ", ".join(concept.target for concept in session.edit[0].concepts)
-    if session.applied:
-        return f"Applied: all tabs of this page draw with the edit against {names}. Other visitors see none of it."
-    return f"Computed, not applied: an edit against {names}."
+    if session.applied is None:
+        return f"Computed, not applied: an edit against {_targets(session.edit)}."
+    acts = f"Applied: all tabs of this page draw with the edit against {_targets(session.applied)}. Other visitors see none of it."
+    if not can_apply(session):
+        return acts
+    return f"{acts} The newer edit against {_targets(session.edit)} is not applied; applying it takes that one's place."
+
+
+def _targets(edit: tuple[Any, str]) -> str:
+    return ", ".join(concept.target for concept in edit[0].concepts)
+
+
+def hints(prompt: str, concepts: str, keep: str) -> list[str]:
+    """What a visitor may have overlooked, one sentence each."""
+    names = _names(concepts)
+    if not names:
+        return []
+    said, found = " or ".join(names), []
+    if not any(name.casefold() in (prompt or "").casefold() for name in names):
+        found.append(f"The prompt does not mention {said}, so before and after may look alike.")
+    if not _names(keep):
+        found.append(f"Nothing is named under Keep: what is like {said} may change with it.")
+    return found

@@ -26,14 +26,14 @@ class Session:
     Attributes:
         folder: holds all its files; nobody else's.
         edit: the last edit computed on the Erase tab, as (edit, file name inside `folder`).
-        applied: whether that edit acts on the pictures of this session.
+        applied: the edit that acts on the pictures of this session; looking at another one does not take it away.
         problem: the sentence of the last error, for the page.
         filled: the preset that the page's switches were last set to.
     """
 
     folder: Path
     edit: tuple[Any, str] | None = None
-    applied: bool = False
+    applied: tuple[Any, str] | None = None
     problem: str = ""
     filled: Recipe | None = None
     _events: dict[str, threading.Event] = field(default_factory=dict)
@@ -60,9 +60,9 @@ class Session:
 
     def with_edit(self, recipe: Recipe) -> Recipe:
         """The recipe with this session's applied edit in it; the model itself is never changed."""
-        if not self.applied or self.edit is None:
+        if self.applied is None:
             return recipe
-        erase = Erase(file=self.edit[1]).located(self.folder)
+        erase = Erase(file=self.applied[1]).located(self.folder)
         return Recipe(name=recipe.name, note=recipe.note, methods=(*recipe.methods, erase))
 
     def prepare(self, tab: str) -> None:

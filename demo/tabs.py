@@ -10,7 +10,7 @@ import gradio as gr
 
 from diffaccel.demo.actions import Actions
 from diffaccel.demo.batching import KINDS
-from diffaccel.demo.controls import QUICK, Picture, Switches
+from diffaccel.demo.controls import QUICK, SILENT, Picture, Switches
 from diffaccel.demo.erasing import ABOUT, AUTOMATIC
 from diffaccel.demo.exploring import COSTS
 from diffaccel.demo.fields import words
@@ -54,7 +54,6 @@ def _wire_run(
     outputs: Sequence[Any],
 ) -> None:
     """A run in three parts: claim the buttons, wait for the model and work, give the buttons back."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     started = buttons.run.click(
         actions.prepare(tab),
         switches.recipe,
@@ -72,9 +71,9 @@ def _wire_run(
         show_progress_on=buttons.status,
     )
     after = [buttons.status, buttons.run, buttons.cancel]
-    worked.success(actions.ready, None, after, **quiet)
+    worked.success(actions.ready, None, after, **SILENT)
     for event in (worked, started):
-        event.failure(actions.failed, None, after, **quiet)
+        event.failure(actions.failed, None, after, **SILENT)
     # not into the status: this answer may come after the run's own last word
     answer = gr.HTML(visible=False, elem_id=f"{tab}-answer")
     buttons.cancel.click(actions.cancel(tab), None, answer, api_name=f"cancel_{tab}", **QUICK)
@@ -224,6 +223,15 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         )
     with gr.Accordion("What the methods do", open=False, elem_id="erase-methods"):
         gr.Markdown("\n".join(f"- **{name}**: {text}" for name, text in ABOUT.items()))
+    hint = gr.HTML(elem_id="erase-hint")
+    gr.on(
+        [control.change for control in (picture.prompt, concepts, keep)],
+        actions.hint,
+        [picture.prompt, concepts, keep],
+        hint,
+        trigger_mode="always_last",
+        **SILENT,
+    )
     buttons = _buttons("erase", "Compute and preview")
     slider = gr.ImageSlider(
         label="Before | after",
@@ -236,8 +244,8 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
     figures = gr.HTML(elem_id="erase-figures")
     state = gr.HTML(message("No edit yet. The model is as it came."), elem_id="erase-state")
     with gr.Row():
-        apply = gr.Button("Apply to my pictures", min_width=150, elem_id="erase-apply")
-        undo = gr.Button("Undo", min_width=110, elem_id="erase-undo")
+        apply = gr.Button("Apply to my pictures", interactive=False, min_width=150, elem_id="erase-apply")
+        undo = gr.Button("Undo", interactive=False, min_width=110, elem_id="erase-undo")
         download = gr.DownloadButton("Download edit", interactive=False, min_width=140, elem_id="erase-download")
     _wire_run(
         actions,
@@ -248,6 +256,7 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         [*picture.all, concepts, keep, anchor, method, settings],
         [slider, figures, download, state],
     )
+    state.change(actions.edit_buttons, None, [apply, undo], **SILENT)
     applied = apply.click(actions.apply, None, state, api_name="apply_edit", **QUICK)
     undone = undo.click(actions.undo, None, state, api_name="undo_edit", **QUICK)
     for event in (applied, undone):

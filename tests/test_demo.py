@@ -414,6 +414,43 @@ def test_without_a_choice_the_edit_is_that_of_python(engine, session, anchor, me
     assert f"{method}: the picture changed" in found.figures()
 
 
+def test_looking_at_another_edit_leaves_the_applied_one(session):
+    """It was dropped without a word: pictures thought to be without circles had them again."""
+
+    def edit(target: str) -> Any:
+        return SimpleNamespace(concepts=[SimpleNamespace(target=target)]), f"no-{target}.safetensors"
+
+    assert not erasing.can_apply(session)
+    session.edit = edit("circle")
+    erasing.apply(session)
+    assert not erasing.can_apply(session)
+    session.edit = edit("star")
+    assert session.with_edit(PLAIN).methods[0].file.endswith("no-circle.safetensors")
+    assert "draw with the edit against circle" in erasing.state(session)
+    assert "newer edit against star is not applied" in erasing.state(session)
+    assert erasing.can_apply(session)
+    assert "edit against star" in erasing.apply(session)
+    assert session.with_edit(PLAIN).methods[0].file.endswith("no-star.safetensors")
+    assert erasing.undo(session) == "Computed, not applied: an edit against star."
+    assert session.with_edit(PLAIN) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concepts", "keep", "words"),
+    [
+        ("a red square", "", "", []),
+        ("a red Circle", "circle, star", "heart", []),
+        ("a red square", "circle, star", "heart", ["does not mention circle or star"]),
+        ("a red circle", "circle", " ", ["Nothing is named under Keep"]),
+        ("", "circle", "", ["does not mention", "Nothing is named"]),
+    ],
+)
+def test_erasing_tells_what_is_missing(prompt, concepts, keep, words):
+    found = erasing.hints(prompt, concepts, keep)
+    assert len(found) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
 def test_every_erasure_method_is_described():
     assert set(erasing.ABOUT) == {erasing.AUTOMATIC, *METHODS}
 
