@@ -52,8 +52,12 @@ def pixel_art(picture: Pixels) -> Pixels:
 
 
 def mosaic(picture: Pixels) -> Pixels:
-    """Tiles of seven pixels, lit from the upper left, with dark joints of one."""
-    edge, side = 8 * unit(picture), picture.shape[0]
+    """Tiles of nine pixels, lit from the upper left, with dark joints of one.
+
+    Not of eight in all: a pattern that repeats with the autoencoder's cells looks the same in each of them, and a decoder
+    made of convolutions can answer equal cells with an even area only.
+    """
+    edge, side = 10 * unit(picture), picture.shape[0]
     tiles = _tiles(picture, edge)
     stones = _enlarged(tiles * 1.04, edge, side)
     step = numpy.arange(side) % edge
