@@ -204,12 +204,12 @@ class Actions:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio finds it by its default)
     ) -> tuple[Update, ...]:
-        """Plain and accelerated picture, figures, steps, region map, two files, a sentence."""
+        """Plain and accelerated picture, figures, steps, region map, two files, a sentence; `warm` measures times."""
         try:
             with self._run("compare", request, progress) as (session, watch):
                 ask = _ask(prompt, negative, seed, steps, guidance, width, height)
                 chosen = recipes.from_text(recipe, self.engine, model)
-                found = comparing.compare(self.engine, session, model, ask, chosen, watch, warm=bool(warm))
+                found = comparing.compare(self.engine, session, model, ask, chosen, watch, timed=bool(warm))
         except Cancelled as stop:
             return *([gr.skip()] * 6), message(str(stop))
         plain, fast = str(found.plain.path), str(found.fast.path)
@@ -221,7 +221,7 @@ class Actions:
             gr.update(value=regions, visible=regions is not None),
             gr.update(value=plain, interactive=True),
             gr.update(value=fast, interactive=True),
-            message(f"Done: {' '.join(found.pace)}. {_edit_note(session)}".strip(), "good"),
+            message(f"{found.summary()} {_edit_note(session)}".strip(), "good"),
         )
 
     def explore(
@@ -245,14 +245,14 @@ class Actions:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Update, ...]:
-        """Grid, plot, figures, a sentence."""
+        """Grid, plot, figures, a sentence; `warm` measures times."""
         try:
             with self._run("explore", request, progress) as (session, watch):
                 ask = _ask(prompt, negative, seed, steps, guidance, width, height)
                 chosen = recipes.from_text(recipe, self.engine, model)
                 pairs = [(name, text) for name, text in ((first, first_values), (second, second_values)) if name]
                 axes = [exploring.Axis.of(name, text or "") for name, text in pairs]
-                how: Any = {"baseline": bool(baseline), "warm": bool(warm), "over": exploring.axis_of(over)}
+                how: Any = {"baseline": bool(baseline), "timed": bool(warm), "over": exploring.axis_of(over)}
                 found = exploring.explore(self.engine, session, model, ask, chosen, axes, watch, **how)
         except Cancelled as stop:
             return *([gr.skip()] * 3), message(str(stop))

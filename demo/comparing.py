@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffaccel.bench import Spread
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, Watch
 from diffaccel.demo.markup import decibel, flops, notes, strips, table, tiles
 from diffaccel.demo.sessions import Session
+from diffaccel.demo.timing import Job, draw_all, pace, seconds_of, speedup, steps_in_all
 from diffaccel.output import safe_name
 from diffaccel.quality import QualityError, psnr, ssim
 from diffaccel.recipe import Recipe
@@ -32,99 +33,103 @@ class Compared:
     """Two pictures and how they differ.
 
     Attributes:
-        warm: whether both were drawn once before the clock ran.
         region_map: file with the grey picture of how often each region was computed, or None.
     """
 
     plain: Drawn
     fast: Drawn
     likeness: Likeness
-    warm: bool
     region_map: Path | None = None
 
     @property
-    def speedup(self) -> float:
-        """Plain seconds over accelerated seconds."""
-        return self.plain.report.seconds / max(self.fast.report.seconds, 1e-9)
+    def saved(self) -> tuple[str, str]:
+        """The FLOPs in words: ("2.23x", "fewer FLOPs"), ("1.10x", "more FLOPs") or ("1.00x", "the FLOPs of plain")."""
+        share = self.plain.report.flops / max(self.fast.report.flops, 1)
+        if abs(share - 1) < 0.005:
+            return "1.00x", "the FLOPs of plain"
+        return (f"{share:.2f}x", "fewer FLOPs") if share > 1 else (f"{1 / share:.2f}x", "more FLOPs")
 
-    @property
-    def pace(self) -> tuple[str, str]:
-        """The speed-up in words: ("1.90x", "faster"), ("1.10x", "slower") or ("1.00x", "as fast")."""
-        if abs(self.speedup - 1) < 0.005:
-            return "1.00x", "as fast"
-        slower = self.speedup < 1
-        return f"{1 / self.speedup if slower else self.speedup:.2f}x", "slower" if slower else "faster"
+    def summary(self) -> str:
+        """The gain in a sentence."""
+        speed = speedup(self.fast, self.plain)
+        if speed is None:
+            return f"Done: {' '.join(self.saved)}."
+        value, word, noise = pace(speed)
+        return f"Done: {value} {word} ({noise})."
 
     def figures(self) -> str:
         """Tiles, table and notes as HTML."""
-        fast, plain = self.fast.report, self.plain.report
+        fast, speed = self.fast.report, speedup(self.fast, self.plain)
+        close = "n/a" if self.likeness.ssim is None else f"{self.likeness.ssim:.4f}"
         shown = tiles(
             [
-                (*self.pace, f"{fast.seconds:.2f} s instead of {plain.seconds:.2f} s"),
-                (f"{plain.flops / max(fast.flops, 1):.2f}x", "fewer FLOPs", flops(fast.flops)),
+                *([pace(speed)] if speed is not None else []),
+                (*self.saved, flops(fast.flops)),
                 (decibel(self.likeness.psnr), "PSNR to plain", "higher is closer; above 40 dB is hard to see"),
-                (
-                    "n/a" if self.likeness.ssim is None else f"{self.likeness.ssim:.4f}",
-                    "SSIM to plain",
-                    "1 is identical",
-                ),
+                (close, "SSIM to plain", "1 is identical"),
             ]
         )
-        rows = [_row("Plain", self.plain), _row("Accelerated", self.fast)]
-        header = ("", "seconds", "steps", "evaluations", "rows", "work")
-        sentences = [*fast.notes, *([self.likeness.reason] if self.likeness.reason else [])]
-        if not self.warm:
-            sentences.append("Neither picture was drawn before the clock ran, so counting FLOPs is part of the time.")
-        return shown + table(header, rows, f"Recipe: {fast.recipe['name']}") + notes(sentences)
+        sentences = [*fast.notes, *([self.likeness.reason] if self.likeness.reason else []), *self._about_time(speed)]
+        return shown + self._table() + notes(sentences)
+
+    def _about_time(self, speed: Spread | None) -> list[str]:
+        if not self.fast.seconds:
+            return ["Times were not measured."]
+        return [] if speed is not None else ["Nothing was left out, so there is no speed to show."]
+
+    def _table(self) -> str:
+        columns = {"seconds": seconds_of, "steps": _steps, "evaluations": _evaluations, "rows": _rows, "work": _work}
+        if not self.fast.seconds:
+            del columns["seconds"]
+        rows = [
+            (name, *(column(drawn) for column in columns.values()))
+            for name, drawn in (("Plain", self.plain), ("Accelerated", self.fast))
+        ]
+        return table(("", *columns), rows, f"Recipe: {self.fast.report.recipe['name']}")
 
     def steps(self) -> str:
         """The two strips as HTML."""
         return strips({"Plain": self.plain.report, "Accelerated": self.fast.report})
 
 
-def _row(name: str, drawn: Drawn) -> tuple[str, ...]:
-    report = drawn.report
-    return (
-        name,
-        f"{report.seconds:.2f}",
-        str(report.steps),
-        str(report.evaluations),
-        str(report.rows),
-        flops(report.flops),
-    )
+def _steps(drawn: Drawn) -> str:
+    return str(drawn.report.steps)
+
+
+def _evaluations(drawn: Drawn) -> str:
+    return str(drawn.report.evaluations)
+
+
+def _rows(drawn: Drawn) -> str:
+    return str(drawn.report.rows)
+
+
+def _work(drawn: Drawn) -> str:
+    return flops(drawn.report.flops)
 
 
 def compare(
-    engine: Engine, session: Session, model: str, ask: Ask, recipe: Recipe, watch: Watch, *, warm: bool = True
+    engine: Engine, session: Session, model: str, ask: Ask, recipe: Recipe, watch: Watch, *, timed: bool = True
 ) -> Compared:
     """Draw both pictures; files lie in a new folder of the session.
 
+    Args:
+        timed: measure times, in several rounds.
     Raises:
         DiffaccelError: the model, the settings or the recipe; or `Cancelled`.
     """
-    watch.total = ask.steps * (4 if warm else 2)
-    watch.label = f"loading {Path(model).name}"
-    watch.show(0, watch.total, watch.label)
     plain_recipe, recipe = session.with_edit(PLAIN), session.with_edit(recipe)
+    jobs = [Job("plain", plain_recipe, ask), Job("accelerated", recipe, ask)]
+    watch.total = steps_in_all(jobs, timed=timed)
+    watch.show(0, watch.total, f"loading {Path(model).name}")
     with engine.pipeline(model):
         watch.check()
         engine.wrapped(recipe, str(session.folder))  # refused before anything is drawn
         folder, name = session.new_folder(), f"{safe_name(ask.prompt)}-{ask.seed}"
-        runs = [("plain", plain_recipe, folder / f"{name}-plain.png"), ("accelerated", recipe, folder / f"{name}.png")]
-        if warm:
-            _draw_all(engine, session, ask, [(f"{label}, warming up", item, None) for label, item, _ in runs], watch)
-        plain, fast = _draw_all(engine, session, ask, runs, watch)
-    return Compared(plain, fast, likeness(fast.image, plain.image), warm, _save_map(fast, folder))
-
-
-def _draw_all(
-    engine: Engine, session: Session, ask: Ask, runs: Sequence[tuple[str, Recipe, Path | None]], watch: Watch
-) -> list[Drawn]:
-    found = []
-    for label, recipe, path in runs:
-        watch.label = label
-        found.append(engine.draw(recipe, ask, watch, path, str(session.folder)))
-    return found
+        files = (folder / f"{name}-plain.png", folder / f"{name}.png")
+        jobs = [replace(job, path=path) for job, path in zip(jobs, files, strict=True)]
+        plain, fast = draw_all(engine, session, jobs, watch, timed=timed)
+    return Compared(plain, fast, likeness(fast.image, plain.image), _save_map(fast, folder))
 
 
 def likeness(image: Any, reference: Any) -> Likeness:

@@ -119,11 +119,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture, with the file that holds it."""
+    """One picture, with the file that holds it.
+
+    Attributes:
+        seconds: of each timed call; empty if it was not timed.
+    """
 
     image: Any
     report: Report
     path: Path
+    seconds: tuple[float, ...] = ()
 
 
 class Engine:

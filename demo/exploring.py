@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, offered
 from diffaccel.demo.markup import decibel, table
 from diffaccel.demo.sessions import Session
+from diffaccel.demo.timing import ROUNDS, Job, draw_all, pace, seconds_of, speedup
 from diffaccel.frontier import Over, save_frontier
 from diffaccel.method import registry
 from diffaccel.output import safe_name
@@ -98,13 +98,11 @@ class Explored:
 
     Attributes:
         columns: pictures in a row of the grid: the values of the second setting, or three.
-        warm: whether each was drawn once before the clock ran.
     """
 
     plain: Drawn
     cells: tuple[Cell, ...]
     columns: int
-    warm: bool
     plot: Path
 
     def gallery(self) -> list[tuple[str, str]]:
@@ -113,27 +111,29 @@ class Explored:
 
     def figures(self) -> str:
         """The figures as a table."""
-        header = ("", "seconds", "faster", "fewer FLOPs", "evaluations", "PSNR", "SSIM")
-        rows = [
-            (
-                cell.label,
-                f"{cell.drawn.report.seconds:.2f}",
-                f"{self._speed(cell):.2f}x",
-                f"{self.plain.report.flops / max(cell.drawn.report.flops, 1):.2f}x",
-                str(cell.drawn.report.evaluations),
-                decibel(cell.psnr),
-                "n/a" if cell.ssim is None else f"{cell.ssim:.4f}",
-            )
-            for cell in self.cells
-        ]
-        return table(header, rows, self._caption())
+        header = ("", "fewer FLOPs", "evaluations", "PSNR", "SSIM")
+        if not self.plain.seconds:
+            return table(header, map(self._row, self.cells), "Against plain; times were not measured")
+        rows = [(*self._row(cell), seconds_of(cell.drawn), self._speed(cell)) for cell in self.cells]
+        caption = f"Against plain with {seconds_of(self.plain)} s; median and range of {ROUNDS} rounds"
+        return table((*header, "seconds", "speed"), rows, caption)
 
-    def _caption(self) -> str:
-        own = "" if self.warm else "; counting FLOPs is part of the times"
-        return f"Against plain with {self.plain.report.seconds:.2f} s; one run each{own}"
+    def _row(self, cell: Cell) -> tuple[str, ...]:
+        report = cell.drawn.report
+        return (
+            cell.label,
+            f"{self.plain.report.flops / max(report.flops, 1):.2f}x",
+            str(report.evaluations),
+            decibel(cell.psnr),
+            "n/a" if cell.ssim is None else f"{cell.ssim:.4f}",
+        )
 
-    def _speed(self, cell: Cell) -> float:
-        return self.plain.report.seconds / max(cell.drawn.report.seconds, 1e-9)
+    def _speed(self, cell: Cell) -> str:
+        found = speedup(cell.drawn, self.plain)
+        if found is None:
+            return "same work"
+        value, word, _ = pace(found)
+        return f"{value} {word} ({found.low:.2f}x to {found.high:.2f}x)"
 
 
 def variants(recipe: Recipe, axes: Sequence[Axis]) -> list[Recipe]:
@@ -180,49 +180,48 @@ def explore(
     watch: Watch,
     *,
     baseline: bool = True,
-    warm: bool = True,
+    timed: bool = True,
     over: Over = "flops",
 ) -> Explored:
     """Draw the grid, the plain picture and, for the plot over `over`, the plain pipeline with fewer steps.
 
+    Args:
+        timed: measure times, in several rounds.
     Raises:
-        DiffaccelError: the model, the settings or a recipe; or `Cancelled`.
+        DiffaccelError: the model, the settings or a recipe, a plot of times that are not measured; or `Cancelled`.
     """
+    if over == "seconds" and not timed:
+        raise PageError("There are no times to plot: let them be measured, or plot over FLOPs.")
     recipes = [session.with_edit(variant) for variant in variants(recipe, axes)]
-    fewer = fewer_steps(ask.steps) if baseline else []
-    watch.total = ask.steps * (1 + len(recipes)) * (2 if warm else 1) + sum(fewer)
+    stock, fewer = session.with_edit(PLAIN), fewer_steps(ask.steps) if baseline else []
+    line = [Job(f"plain, {steps} steps", stock, ask.model_copy(update={"steps": steps})) for steps in fewer]
+    drawn_steps = ask.steps * (1 + len(recipes))
+    watch.total = (drawn_steps + sum(fewer)) * (1 + ROUNDS if timed else 1)
     watch.show(0, watch.total, f"loading {Path(model).name}")
-    owner = str(session.folder)
     with engine.pipeline(model):
         for variant in recipes:
-            engine.wrapped(variant, owner)  # all are refused before any is drawn
-        folder, stock = session.new_folder(), session.with_edit(PLAIN)
-        draw = functools.partial(_draw, engine, ask, watch, owner, warm)
-        plain = draw("plain", stock, folder / "plain.png")
-        cells = []
-        for number, variant in enumerate(recipes):
-            name = f"{number + 1:02d}-{safe_name(variant.name)}.png"
-            drawn = draw(f"{variant.name} ({number + 1} of {len(recipes)})", variant, folder / name)
-            cells.append(_cell(variant.name, drawn, plain))
-        line = []
-        for steps in fewer:
-            watch.label = f"plain, {steps} steps"
-            asked = ask.model_copy(update={"steps": steps})
-            line.append(_cell(str(steps), engine.draw(stock, asked, watch, None, owner), plain))
+            engine.wrapped(variant, str(session.folder))  # all are refused before any is drawn
+        folder = session.new_folder()
+        jobs = [Job("plain", stock, ask, folder / "plain.png"), *_grid(recipes, ask, folder), *line]
+        plain, *drawn = draw_all(engine, session, jobs, watch, timed=timed)
+    cells = [_cell(variant.name, own, plain) for variant, own in zip(recipes, drawn, strict=False)]
+    below = [_cell(str(steps), own, plain) for steps, own in zip(fewer, drawn[len(cells) :], strict=True)]
     plot = folder / "speed-fidelity.png"
-    save_frontier(_rows(ask, plain, cells, line), plot, over=over)
+    save_frontier(_rows(ask, plain, cells, below), plot, over=over)
     columns = len(axes[1].values) if len(axes) > 1 else 3
-    return Explored(plain, tuple(cells), columns, warm, plot)
+    return Explored(plain, tuple(cells), columns, plot)
 
 
-def _draw(
-    engine: Engine, ask: Ask, watch: Watch, owner: str, warm: bool, label: str, recipe: Recipe, path: Path
-) -> Drawn:
-    if warm:
-        watch.label = f"{label}, warming up"
-        engine.draw(recipe, ask, watch, None, owner)
-    watch.label = label
-    return engine.draw(recipe, ask, watch, path, owner)
+def _grid(recipes: Sequence[Recipe], ask: Ask, folder: Path) -> list[Job]:
+    return [
+        Job(
+            f"{recipe.name} ({number} of {len(recipes)})",
+            recipe,
+            ask,
+            folder / f"{number:02d}-{safe_name(recipe.name)}.png",
+        )
+        for number, recipe in enumerate(recipes, 1)
+    ]
 
 
 def fewer_steps(steps: int) -> list[int]:
@@ -246,5 +245,5 @@ def _rows(ask: Ask, plain: Drawn, cells: Sequence[Cell], line: Sequence[Cell]) -
 
 def _as_row(name: str, kind: Any, steps: int, drawn: Drawn, psnr: float | None) -> Row:
     report = drawn.report
-    time = spread([report.seconds])
+    time = spread(drawn.seconds) if drawn.seconds else None
     return Row(name, kind, steps, report.recipe, report.evaluations, report.rows, report.flops, seconds=time, psnr=psnr)

@@ -15,6 +15,7 @@ from diffaccel.demo.erasing import ABOUT, AUTOMATIC
 from diffaccel.demo.exploring import COSTS
 from diffaccel.demo.fields import words
 from diffaccel.demo.markup import message
+from diffaccel.demo.timing import ROUNDS
 
 WORKER = "model"  # one queue for everything that needs the model
 
@@ -35,11 +36,12 @@ def _buttons(tab: str, label: str) -> Buttons:
     return Buttons(run, cancel, gr.HTML(min_height=52, elem_id=f"{tab}-status"))
 
 
-def _warm(tab: str) -> gr.Checkbox:
+def _timed(tab: str, *, value: bool) -> gr.Checkbox:
+    """Clients know it as `warm`, from the time when it meant one drawing before the clock ran."""
     return gr.Checkbox(
-        True,
-        label="Draw each picture once before the clock runs",
-        info="Fair times at twice the wait. FLOPs and pictures are the same without.",
+        value,
+        label="Measure times",
+        info=f"Draws everything once before the clock runs, then {ROUNDS} times in turns, and shows the range.",
         elem_id=f"{tab}-warm",
     )
 
@@ -81,7 +83,7 @@ def _wire_run(
 
 def compare_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
     buttons = _buttons("compare", "Compare")
-    warm = _warm("compare")
+    timed = _timed("compare", value=True)
     slider = gr.ImageSlider(
         label="Plain | accelerated",
         type="filepath",
@@ -112,7 +114,7 @@ def compare_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         switches,
         buttons,
         actions.compare,
-        [*picture.all, switches.text, warm],
+        [*picture.all, switches.text, timed],
         [slider, figures, steps, regions, plain, fast],
     )
 
@@ -144,12 +146,12 @@ def explore_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         info="The line that a recipe has to beat.",
         elem_id="explore-baseline",
     )
-    warm = _warm("explore")
+    timed = _timed("explore", value=False)
     over = gr.Radio(
         list(COSTS),
         value="FLOPs",
         label="Plot over",
-        info="FLOPs repeat exactly; times on a busy machine do not.",
+        info="FLOPs repeat exactly; times need the tick above.",
         elem_id="explore-over",
     )
     buttons = _buttons("explore", "Explore")
@@ -179,7 +181,7 @@ def explore_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         switches,
         buttons,
         actions.explore,
-        [*picture.all, switches.text, first, first_values, second, second_values, baseline, warm, over],
+        [*picture.all, switches.text, first, first_values, second, second_values, baseline, timed, over],
         [gallery, plot, figures],
     )
 

@@ -111,6 +111,8 @@ def _draw_panel(axes: Any, rows: Sequence[Row], over: Over, value: Quality) -> N
             value is accuracy_of and row.accuracy is not None
         ):  # without its interval a tenth of a point looks like a cliff
             axes.plot([x, x], [100 * row.accuracy.low, 100 * row.accuracy.high], color="0.7", linewidth=1, zorder=0)
+        if over == "seconds" and row.seconds is not None:
+            axes.plot([row.seconds.low, row.seconds.high], [y, y], color="0.7", linewidth=1, zorder=0)
         label = row.name if row.kind == "recipe" else str(row.steps)
-        axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, parse_math=False)
     axes.plot([], [], "D", color="tab:red", label="recipes")

@@ -28,7 +28,7 @@ from diffaccel.contest import (
     verify_plain,
 )
 from diffaccel.errors import DiffaccelError, Unsupported
-from diffaccel.frontier import accuracy_of, draw_frontier, line_at, psnr_of
+from diffaccel.frontier import accuracy_of, draw_frontier, line_at, psnr_of, save_frontier
 from diffaccel.output import OutputError
 from diffaccel.quality import Interval
 
@@ -274,6 +274,18 @@ def test_the_frontier_shows_line_and_recipes(tmp_path: Path) -> None:
         assert picture.width > 1000
     with pytest.raises(DiffaccelError, match="nothing to plot over seconds"):
         draw_frontier(frontier_rows(), "seconds")
+
+
+def test_names_in_the_plot_are_text_and_times_have_their_range(tmp_path: Path) -> None:
+    """matplotlib reads what stands between dollars as mathematics, and fails where it is none."""
+    rows = (
+        row("plain", "plain", 4, seconds=Spread(1, 1, 1)),
+        row("$\\frac{$", "recipe", 2, 31.25, seconds=Spread(0.5, 0.4, 0.7)),
+    )
+    lines = [line.get_xydata().tolist() for line in draw_frontier(rows, "seconds").axes[0].lines]
+    assert [[0.4, 31.25], [0.7, 31.25]] in lines
+    save_frontier(rows, tmp_path / "plot.png", over="seconds")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def comparison() -> Comparison:

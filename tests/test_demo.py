@@ -16,8 +16,8 @@ from pydantic import Field as PydanticField
 
 import diffaccel
 from diffaccel import GuidanceInterval, Recipe, SkipCache, metadata
-from diffaccel.demo import actions, batching, comparing, erasing, exploring, fields, markup, recipes
-from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Engine, PageError, Watch
+from diffaccel.demo import actions, batching, comparing, erasing, exploring, fields, markup, recipes, timing
+from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Drawn, Engine, PageError, Watch
 from diffaccel.demo.sessions import KEPT_RUNS, Session, Sessions
 from diffaccel.erasure.settings import METHODS
 from diffaccel.errors import DiffaccelError, RecipeError
@@ -319,11 +319,67 @@ def test_compare_measures_and_saves(engine, tiny, session):
     assert found.fast.path.is_file()
     assert found.fast.report.flops < found.plain.report.flops
     assert "PSNR to plain" in found.figures()
+    assert "rounds" in found.summary()
+    assert len(found.plain.seconds) == len(found.fast.seconds) == timing.ROUNDS
+    off = comparing.compare(engine, session, tiny, TWO, PLAIN, Watch())
+    assert "faster" not in off.figures()
+    assert "slower" not in off.figures()
+    assert "no speed to show" in off.figures()
     assert found.steps().count("da-slot") == 24
-    same = comparing.compare(engine, session, tiny, steps, PLAIN, Watch(), warm=False)
+    same = comparing.compare(engine, session, tiny, steps, PLAIN, Watch(), timed=False)
     assert same.likeness.psnr == float("inf")
     assert "identical" in same.figures()
-    assert "before the clock ran" in same.figures()
+    assert same.saved == ("1.00x", "the FLOPs of plain")
+    assert "Times were not measured" in same.figures()
+    assert "seconds" not in same.figures()
+    assert same.summary() == "Done: 1.00x the FLOPs of plain."
+
+
+def drawn(seconds: tuple[float, ...], flops: int, pixel: int = 0) -> Drawn:
+    from PIL import Image
+
+    report: Any = SimpleNamespace(flops=flops, seconds=seconds[0] if seconds else 0.0)
+    return Drawn(Image.new("L", (1, 1), pixel), report, Path(), seconds)
+
+
+@pytest.mark.parametrize(
+    ("own", "plain", "words"),
+    [
+        ((1.0, 2.0, 1.0), (2.0, 4.4, 1.8), ("2.00x", "faster", "1.80x to 2.20x in 3 rounds")),
+        ((2.0, 2.0, 2.5), (1.0, 1.25, 2.0), ("1.60x", "slower", "1.25x to 2.00x in 3 rounds")),
+        ((1.0, 1.0, 1.0), (1.42, 1.5, 0.9), ("as fast", "within the noise", "0.90x to 1.50x as fast in 3 rounds")),
+    ],
+)
+def test_a_speed_has_its_noise(own, plain, words):
+    found = timing.speedup(drawn(own, 1, pixel=1), drawn(plain, 2))
+    assert found is not None
+    assert timing.pace(found) == words
+
+
+def test_the_same_work_has_no_speed():
+    """ "1.42x faster" stood beside "identical" and "1.00x fewer FLOPs"."""
+    fast, slow = drawn((1.0, 1.0, 1.0), 5), drawn((1.4, 1.5, 1.6), 5)
+    assert timing.speedup(fast, slow) is None
+    assert timing.speedup(drawn((), 1), drawn((), 2)) is None
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_pictures_are_timed_in_turns(session, tmp_path, timed):
+    calls: list[tuple[str, bool]] = []
+
+    def draw(recipe: Recipe, ask: Ask, watch: Watch, path: Path | None, owner: str) -> Drawn:
+        calls.append((recipe.name, path is not None))
+        return drawn((float(len(calls)),), 1)
+
+    jobs = [timing.Job(name, Recipe(name=name), TWO, tmp_path / name) for name in "ab"]
+    found = timing.draw_all(SimpleNamespace(draw=draw), session, jobs, Watch(), timed=timed)  # type: ignore[arg-type]
+    assert timing.steps_in_all(jobs, timed=timed) == len(calls) * TWO.steps
+    if timed:
+        assert "".join(name for name, _ in calls) == "ababbaab"
+        assert [kept for _, kept in calls] == [False] * 2 + [True] * 2 + [False] * 4
+        assert [each.seconds for each in found] == [(3.0, 6.0, 7.0), (4.0, 5.0, 8.0)]
+    else:
+        assert calls == [("a", True), ("b", True)]
 
 
 def test_the_strip_shows_what_was_left_out():
@@ -350,7 +406,7 @@ def test_what_people_write_is_escaped():
 def test_explore_crosses_two_settings(engine, tiny, session):
     axes = [exploring.Axis.of("skip_cache.interval", "2, 3"), exploring.Axis.of("skip_cache.order", "0, 1")]
     ask = Ask.of(prompt="x", steps=10)
-    found = exploring.explore(engine, session, tiny, ask, Recipe(), axes, Watch(), warm=False)
+    found = exploring.explore(engine, session, tiny, ask, Recipe(), axes, Watch(), timed=False)
     names = ["interval=2, order=0", "interval=2, order=1", "interval=3, order=0", "interval=3, order=1"]
     assert [cell.label for cell in found.cells] == names
     assert [caption for _, caption in found.gallery()] == [*names, "plain"]
@@ -358,6 +414,13 @@ def test_explore_crosses_two_settings(engine, tiny, session):
     recipe = metadata.read(found.cells[2].drawn.path).diffaccel["recipe"]["methods"][0]
     assert (recipe["interval"], recipe["order"]) == (3, 0)
     assert found.plot.is_file()
+    assert "times were not measured" in found.figures()
+    with pytest.raises(PageError, match="no times to plot"):
+        exploring.explore(engine, session, tiny, ask, Recipe(), axes, Watch(), timed=False, over="seconds")
+    few = [exploring.Axis.of("step_schedule.fraction", "0.5, 1")]
+    timed = exploring.explore(engine, session, tiny, TWO, Recipe(), few, Watch(), over="seconds")
+    assert timed.figures().count("rounds") == 2  # the caption, as a text and as a name
+    assert timed.figures().count("same work") == 1
 
 
 @pytest.mark.parametrize(
@@ -385,14 +448,14 @@ def test_an_edit_acts_on_its_session_only(engine, session, tmp_path):
     with pytest.raises(PageError, match="nothing to undo"):
         erasing.undo(session)
     erasing.apply(session)
-    mine = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    mine = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), timed=False)
     assert mine.plain.image.tobytes() == found.after.image.tobytes()
     assert metadata.read(mine.plain.path).diffaccel["recipe"]["methods"][0]["file"] == found.file.name
     other = Sessions(tmp_path / "others").of("other")
-    theirs = comparing.compare(engine, other, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    theirs = comparing.compare(engine, other, "shapes-sd", ask, PLAIN, Watch(), timed=False)
     assert theirs.plain.image.tobytes() == found.before.image.tobytes()
     erasing.undo(session)
-    again = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), warm=False)
+    again = comparing.compare(engine, session, "shapes-sd", ask, PLAIN, Watch(), timed=False)
     assert again.plain.image.tobytes() == found.before.image.tobytes()
 
 
