@@ -1,5 +1,6 @@
 # make demo    before/after on the bundled model, written to out/
 # make test    the whole suite except tests that need a GPU
+# make test-numeric   the numeric tests as another processor computes them
 # make lint    ruff and mypy
 # make docs    renew the computed parts of the pages, then the site in site/
 # make wheel   wheel and sdist in dist/
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test test-numeric lint docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -17,6 +18,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+
+# Another processor's rounding: without AVX-512, matrix units and bfloat16 instructions.
+NUMERIC := $(wildcard tests/test_erasure_*.py) tests/test_attention_body.py tests/test_block_selection.py tests/test_cache_write.py \
+	tests/test_dense.py tests/test_matching.py tests/test_merge.py tests/test_nag_blend.py tests/test_slot_map.py tests/test_sparse_softmax.py
+test-numeric: $(VENV)/.installed-dev
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS) $(NUMERIC)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -73,6 +73,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before a test and the fixtures made for it: what draws without a generator draws the same, alone or among others."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def _without_browser() -> str:
     """Why the browser tests cannot run here; empty if they can."""
     from importlib.util import find_spec
