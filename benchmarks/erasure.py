@@ -30,7 +30,7 @@ from benchmarks.erasure_table import line, page
 from benchmarks.erasure_tasks import SIBLING, Keep, Task, concepts, keep_list, tasks, world_prompts
 from benchmarks.subjects import SUBJECTS
 from diffaccel.bench import machine
-from diffaccel.comparison import _json_value as json_value
+from diffaccel.comparison_rows import json_value
 from diffaccel.erasure.attacks import ATTACKS, Budget
 from diffaccel.erasure.recording import Drawing
 from diffaccel.errors import DiffaccelError

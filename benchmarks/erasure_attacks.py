@@ -29,7 +29,7 @@ from benchmarks.erasure_frontier import rows_of
 from benchmarks.erasure_table import share, table
 from benchmarks.erasure_tasks import SIBLING, Task, concepts, keep_list, world_prompts
 from diffaccel.bench import describe_machine, machine
-from diffaccel.comparison import _json_value as json_value
+from diffaccel.comparison_rows import json_value
 from diffaccel.erasure import attacks
 from diffaccel.erasure.attacks import Budget
 from diffaccel.erasure.probes import attributes, world_cases

@@ -27,7 +27,7 @@ from benchmarks.erasure_measure import Bench, measure
 from benchmarks.erasure_table import change, share, table
 from benchmarks.erasure_tasks import SIBLING, Task, concepts, keep_list, world_prompts
 from diffaccel.bench import describe_machine, machine
-from diffaccel.comparison import _json_value as json_value
+from diffaccel.comparison_rows import json_value
 from diffaccel.erasure.attacks import Budget
 from diffaccel.erasure.recording import Drawing
 from diffaccel.errors import DiffaccelError

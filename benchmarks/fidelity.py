@@ -25,7 +25,7 @@ from benchmarks.recipes import chosen_presets, methods_alone, transformer_method
 from benchmarks.subjects import SUBJECTS, Subject
 from diffaccel.bench import machine
 from diffaccel.compare import score
-from diffaccel.comparison import Row
+from diffaccel.comparison_rows import Row
 from diffaccel.contest import PLAIN, Contestant, Runner, Settings, measure, verify_plain
 from diffaccel.frontier import save_frontier
 from diffaccel.miniatures import load_folder, load_judge, miniature_path, recommended_guidance

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.subjects import Subject
 from diffaccel.bench import describe_machine
-from diffaccel.comparison import Row, markdown_table
+from diffaccel.comparison_rows import Row, markdown_table
 from diffaccel.contest import Runner
 from diffaccel.frontier import Over, Quality, accuracy_of, line_at, psnr_of
 from diffaccel.quality import IDENTICAL_DB, Interval, bootstrap, psnr

@@ -26,7 +26,7 @@ from diffaccel import (
     TokenMerging,
 )
 from diffaccel.compare import score
-from diffaccel.comparison import Row, markdown_table
+from diffaccel.comparison_rows import Row, markdown_table
 from diffaccel.contest import PLAIN, Contestant, Measurement, Runner
 from diffaccel.errors import DiffaccelError
 from diffaccel.frontier import line_at, psnr_of

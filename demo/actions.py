@@ -21,8 +21,9 @@ from diffaccel.demo.fields import Field, build_recipe, offered, show_recipe
 from diffaccel.demo.markup import message, notes
 from diffaccel.demo.sessions import Session, Sessions
 from diffaccel.errors import DiffaccelError
-from diffaccel.method import registry
-from diffaccel.recipe import Recipe, presets
+from diffaccel.methods import registry
+from diffaccel.pipelines.presets import presets
+from diffaccel.recipe import Recipe
 
 log = logging.getLogger("diffaccel.demo")
 Update = Any

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.bench import spread
-from diffaccel.comparison import Row
+from diffaccel.comparison_rows import Row
 from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, offered
@@ -18,7 +18,7 @@ from diffaccel.demo.markup import decibel, table
 from diffaccel.demo.sessions import Session
 from diffaccel.demo.timing import ROUNDS, Job, draw_all, pace, seconds_of, speedup
 from diffaccel.frontier import Over, save_frontier
-from diffaccel.method import registry
+from diffaccel.methods import registry
 from diffaccel.output import safe_name
 from diffaccel.recipe import Recipe, build_method
 

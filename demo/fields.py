@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffaccel.errors import RecipeError
-from diffaccel.method import Method, registry
+from diffaccel.method import Method
+from diffaccel.methods import registry
 from diffaccel.recipe import Recipe, build_method
 
 Kind = Literal["switch", "slider", "number", "choice", "text"]

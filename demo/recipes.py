@@ -10,7 +10,8 @@ from diffaccel.demo.fields import show_recipe
 from diffaccel.demo.sessions import Session
 from diffaccel.errors import DiffaccelError
 from diffaccel.output import safe_name
-from diffaccel.recipe import Recipe, each_once, presets
+from diffaccel.pipelines.presets import presets
+from diffaccel.recipe import Recipe, each_once
 
 MOST_BYTES = 64 * 1024
 CUSTOM = "custom"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from diffaccel.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from diffaccel.erasure.apply import apply_edit as apply_edit
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from diffaccel.methods import TokenMerging as TokenMerging
     from diffaccel.miniatures import load_judge as load_judge
     from diffaccel.miniatures import load_miniature as load_miniature
+    from diffaccel.pipelines.presets import presets as presets
     from diffaccel.recipe import Recipe as Recipe
-    from diffaccel.recipe import presets as presets
     from diffaccel.report import Report as Report
     from diffaccel.skip_branches import add_skip_branches as add_skip_branches
     from diffaccel.skip_branches import load_skip_branches as load_skip_branches
@@ -51,7 +51,7 @@ _HOME = {
     "wrap": "wrapping",
     "AcceleratedPipeline": "wrapping",
     "Recipe": "recipe",
-    "presets": "recipe",
+    "presets": "pipelines.presets",
     "Report": "report",
     "GuidanceInterval": "methods",
     "AdaptiveGuidance": "methods",

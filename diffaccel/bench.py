@@ -172,7 +172,7 @@ def _version(package: str) -> str | None:
     if package == "torch":  # the metadata of some builds leave out which GPU library they were built for
         return str(torch.__version__)
     if package == "diffaccel":
-        from diffaccel import __version__  # noqa: PLC0415  (also right when run from a checkout)
+        from diffaccel.version import __version__  # noqa: PLC0415  (also right when run from a checkout)
 
         return __version__
     try:

@@ -92,7 +92,7 @@ def generate(
     """Make pictures with a recipe and say what it saved."""
     from diffaccel import generate as work
     from diffaccel.output import OutputFolder
-    from diffaccel.recipe import resolve_recipe
+    from diffaccel.pipelines.presets import resolve_recipe
 
     chosen = resolve_recipe(recipe)
     jobs = work.plan(prompts, seed, count, OutputFolder(output, overwrite))
@@ -165,7 +165,7 @@ def compare(
     """Plain against recipes against fewer steps: a table, comparison.png and comparison.json."""
     from diffaccel import compare as work
     from diffaccel.output import OutputFolder
-    from diffaccel.recipe import resolve_recipe
+    from diffaccel.pipelines.presets import resolve_recipe
 
     chosen = [resolve_recipe(name) for name in recipe or ("balanced", "fast")]
     cases, judge = _cases(prompts or [], held_out, model, seed)
@@ -240,7 +240,8 @@ def recipes(
     debug: Debug = False,
 ) -> None:
     """List the presets, show one recipe as JSON, or check a recipe file."""
-    from diffaccel.recipe import Recipe, presets, resolve_recipe
+    from diffaccel.pipelines.presets import presets, resolve_recipe
+    from diffaccel.recipe import Recipe
 
     if check is not None and name is not None:
         raise typer.BadParameter("give a recipe to show or --check with a file, not both.")

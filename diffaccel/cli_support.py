@@ -18,9 +18,9 @@ import typer.core
 from rich.console import Console
 from rich.markup import escape
 
-import diffaccel
 from diffaccel.errors import DiffaccelError
 from diffaccel.loading import DTYPES, SCHEDULERS
+from diffaccel.version import __version__
 
 
 class Equal(StrEnum):
@@ -75,7 +75,7 @@ def _set_debug(ctx: typer.Context, value: bool) -> None:
 def print_version(value: bool) -> None:
     """Callback of --version."""
     if value:
-        typer.echo(f"diffaccel {diffaccel.__version__}")
+        typer.echo(f"diffaccel {__version__}")
         raise typer.Exit
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.bench import Clock, machine, ratio, spread
-from diffaccel.comparison import Comparison, Row
+from diffaccel.comparison import Comparison
+from diffaccel.comparison_rows import Row
 from diffaccel.contest import (
     PLAIN,
     CompareError,
@@ -30,6 +31,7 @@ from diffaccel.contest import (
     spacing_notes,
     verify_plain,
 )
+from diffaccel.pipelines.presets import resolve_recipe
 from diffaccel.quality import (
     Interval,
     bootstrap,
@@ -40,7 +42,7 @@ from diffaccel.quality import (
     psnr,
     ssim,
 )
-from diffaccel.recipe import Recipe, resolve_recipe
+from diffaccel.recipe import Recipe
 from diffaccel.seams import Seams
 
 

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffaccel.comparison_rows import Row
 from diffaccel.output import write_file
-
-if TYPE_CHECKING:
-    from diffaccel.comparison import Comparison, Row
 
 CELL, GAP, MARGIN = 192, 10, 16
 TEXT_WIDTH, FOOTER = 190, 26
 INK, PALE, PAPER = (24, 24, 28), (100, 100, 108), (250, 250, 250)
 
 
-def save_contact_sheet(comparison: Comparison, path: Path, *, limit: int, overwrite: bool) -> None:
+class Compared(Protocol):
+    """What a sheet shows: a `Comparison`."""
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def prompts(self) -> Sequence[str]: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
+def save_contact_sheet(comparison: Compared, path: Path, *, limit: int, overwrite: bool) -> None:
     """Write the sheet of the first `limit` prompts as PNG; complete or not at all."""
     sheet = draw_contact_sheet(comparison, limit)
     write_file(path, lambda file: sheet.save(file, format="PNG"), overwrite=overwrite)
 
 
-def draw_contact_sheet(comparison: Comparison, limit: int) -> Image.Image:
+def draw_contact_sheet(comparison: Compared, limit: int) -> Image.Image:
     """The sheet: headers with cost and quality on top, prompts on the left, settings below."""
     prompts, rows = comparison.prompts[:limit], [row for row in comparison.rows if row.images is not None]
     header = 12 + max(23 * len(wrap(row.name, 20)) + 19 * len(describe(row)) for row in rows)
@@ -57,7 +67,7 @@ def describe(row: Row) -> list[str]:
     return lines
 
 
-def footer(comparison: Comparison) -> str:
+def footer(comparison: Compared) -> str:
     """One line on how the pictures were made."""
     settings = comparison.settings
     return f"{settings['model']}, {settings['scheduler']}, seed {settings['seed']} + row; same prompts and seeds in every column"

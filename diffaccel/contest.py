@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.bench import Clock, closest_steps, rotated, timed
-from diffaccel.comparison import Kind
+from diffaccel.comparison_rows import Kind
 from diffaccel.errors import DiffaccelError
 from diffaccel.generate import guidance_arguments
 from diffaccel.recipe import Recipe

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import diffaccel
 from diffaccel.errors import DiffaccelError
+from diffaccel.version import __version__
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "numpy", "pillow")
 # Optional packages (distribution name, module name) and what they are good for.
@@ -110,7 +110,7 @@ class Diagnosis:
 
 def diagnose(pipe: Any = None, model: str = "") -> Diagnosis:
     """Look at this installation and, if given, at a pipeline. Changes nothing and raises nothing of its own."""
-    versions = {"diffaccel": diffaccel.__version__, "python": platform.python_version(), "system": platform.platform()}
+    versions = {"diffaccel": __version__, "python": platform.python_version(), "system": platform.platform()}
     versions |= {name: _version(name) or "missing" for name in REQUIRED}
     return Diagnosis(
         versions=versions,
@@ -123,8 +123,8 @@ def diagnose(pipe: Any = None, model: str = "") -> Diagnosis:
 
 def check_pipeline(pipe: Any, model: str = "") -> PipelineCheck:
     """Ask every method and preset whether it works on this pipeline."""
-    from diffaccel.method import registry
-    from diffaccel.recipe import presets
+    from diffaccel.methods import registry
+    from diffaccel.pipelines.presets import presets
 
     denoiser = next((part for part in (getattr(pipe, name, None) for name in ("unet", "transformer")) if part), None)
     return PipelineCheck(
@@ -153,7 +153,9 @@ def _check_method(pipe: Any, method: Any) -> None:
 
 
 def _check_recipe(pipe: Any, recipe: Any) -> None:
-    diffaccel.wrap(pipe, recipe)  # it knows which of a recipe's methods are meant for this kind of denoiser
+    from diffaccel.wrapping import wrap  # noqa: PLC0415  (slow to import)
+
+    wrap(pipe, recipe)  # it knows which of a recipe's methods are meant for this kind of denoiser
 
 
 def _attention(denoiser: Any) -> dict[str, int]:

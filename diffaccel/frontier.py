@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from diffaccel.comparison_rows import Row
 from diffaccel.errors import DiffaccelError
 from diffaccel.output import write_file
 
-if TYPE_CHECKING:
-    from diffaccel.comparison import Row
-
 Over = Literal["flops", "seconds", "evaluations"]
-Quality = Callable[["Row"], float | None]
+Quality = Callable[[Row], float | None]
 
 
 def save_frontier(rows: Sequence[Row], path: Path, *, over: Over = "flops", overwrite: bool = True) -> None:

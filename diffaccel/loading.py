@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffaccelError
-from diffaccel.miniatures import NAMES, recommended_guidance
+from diffaccel.miniatures import NAMES, load_miniature, recommended_guidance
+from diffaccel.model_folder import absent_parts
 
 DTYPES = ("float32", "float16", "bfloat16")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -65,19 +65,9 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
 def _load(model: str) -> Any:
     import diffusers
 
-    import diffaccel
-
     if model in NAMES:
-        return diffaccel.load_miniature(model)
+        return load_miniature(model)
     return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True, **absent_parts(Path(model)))
-
-
-def absent_parts(folder: Path) -> dict[str, None]:
-    """Parts that a folder was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told about them."""
-    if not folder.is_dir():
-        return {}
-    index = json.loads((folder / "model_index.json").read_text())
-    return {name: None for name, origin in index.items() if isinstance(origin, list) and origin[0] is None}
 
 
 def _check_source(model: str) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import diffaccel
 from diffaccel.errors import DiffaccelError
+from diffaccel.version import __version__
 
 SCHEMA = 1
 VERSIONED = ("diffusers", "transformers", "torch")
@@ -108,7 +108,7 @@ def _strict(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides how a picture comes out."""
-    return {"diffaccel": diffaccel.__version__, "python": platform.python_version(), **_installed()}
+    return {"diffaccel": __version__, "python": platform.python_version(), **_installed()}
 
 
 @functools.cache

@@ -66,17 +66,10 @@ class Method(BaseModel):
         """Install the method for one run. Everything changed must go through `seams`."""
 
 
-_REGISTRY: dict[str, type[Method]] = {}
+REGISTERED: dict[str, type[Method]] = {}  # by name, as far as their files were imported
 
 
 def register(cls: type[Method]) -> type[Method]:
     """Class decorator: make a method known to recipes under its `name`."""
-    _REGISTRY[cls.name] = cls
+    REGISTERED[cls.name] = cls
     return cls
-
-
-def registry() -> dict[str, type[Method]]:
-    """All methods by name, in the order of their layers."""
-    import diffaccel.methods  # noqa: F401, PLC0415  (its modules register themselves)
-
-    return dict(sorted(_REGISTRY.items(), key=lambda item: (item[1].layer, item[0])))

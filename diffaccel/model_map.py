@@ -13,7 +13,8 @@ from torch import nn
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import TransformerLayout, describe_transformer
 from diffaccel.models.unet import UNetLayout, describe_controlnet, describe_unet
-from diffaccel.pipelines.conventions import Convention, find_convention
+from diffaccel.pipelines.conventions import Convention
+from diffaccel.pipelines.find import find_convention
 
 Layout = UNetLayout | TransformerLayout
 

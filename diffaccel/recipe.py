@@ -1,4 +1,4 @@
-"""Recipe: an ordered set of method settings. JSON in and out, presets, and which methods do not go together."""
+"""Recipe: an ordered set of method settings. JSON in and out, and which methods do not go together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from diffaccel.errors import RecipeError
-from diffaccel.method import Method, registry
+from diffaccel.method import Method
 from diffaccel.output import replace_file
 
 SCHEMA_VERSION = 1
@@ -242,6 +242,8 @@ def _refuse_unknown(keys: Iterable[str], where: str) -> None:
 def _method_from_dict(item: Any) -> Method:
     if not isinstance(item, dict) or "method" not in item:
         raise RecipeError("each entry of 'methods' must be an object with the key 'method'.")
+    from diffaccel.methods import registry  # noqa: PLC0415  (a recipe without methods loads none)
+
     known = registry()
     if not isinstance(item["method"], str) or item["method"] not in known:
         raise RecipeError(f"unknown method {item['method']!r}; known are {', '.join(known)}.")
@@ -280,41 +282,3 @@ def check_conflicts(methods: Sequence[Method]) -> None:
     for pair, sentence in CONFLICTS.items():
         if pair <= active:
             raise RecipeError(sentence)
-
-
-def presets() -> dict[str, Recipe]:
-    """The recipes that come with the package, by name: "off", "fewer-steps", "balanced", "fast" and "fastest".
-
-    Each has a note on what it was measured to be worth on the bundled models.
-    """
-    from diffaccel.pipelines.presets import PRESETS  # noqa: PLC0415  (it builds recipes)
-
-    return {recipe.name: recipe for recipe in PRESETS}
-
-
-def resolve_recipe(recipe: Recipe | str | os.PathLike[str] | Method | Sequence[Method]) -> Recipe:
-    """A `Recipe` from any accepted form: recipe, method or list of methods, preset name, path to a JSON file.
-
-    Raises:
-        RecipeError: an unknown name that is no file either, or a list holding something else than methods.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, (str, os.PathLike)):
-        return _named_or_file(recipe)
-    if not isinstance(recipe, (Method, Sequence)):
-        raise RecipeError(f"a recipe is a name, a file, methods or a Recipe, not {type(recipe).__name__}.")
-    methods = (recipe,) if isinstance(recipe, Method) else tuple(recipe)
-    for method in methods:
-        if not isinstance(method, Method):
-            raise RecipeError(f"a recipe is made of methods; {method!r} is none.")
-    return Recipe(methods=methods)
-
-
-def _named_or_file(recipe: str | os.PathLike[str]) -> Recipe:
-    known = presets()
-    if isinstance(recipe, str) and recipe in known:
-        return known[recipe]
-    if Path(recipe).suffix == ".json" or Path(recipe).is_file():
-        return Recipe.load(recipe)
-    raise RecipeError(f"unknown recipe {os.fspath(recipe)!r}; presets are {', '.join(known)}, or give a .json file.")

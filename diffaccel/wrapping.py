@@ -17,7 +17,8 @@ from diffaccel.method import Method
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, describe
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.recipe import Recipe, resolve_recipe
+from diffaccel.pipelines.presets import resolve_recipe
+from diffaccel.recipe import Recipe
 from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
 from diffaccel.seams import Seams

@@ -29,7 +29,8 @@ import diffaccel
 from diffaccel import BlockCache
 from diffaccel.erasure.routes import find_routes
 from diffaccel.errors import DiffaccelError
-from diffaccel.method import Method, registry
+from diffaccel.method import Method
+from diffaccel.methods import registry
 from diffaccel.model_map import describe
 
 STEPS = 6

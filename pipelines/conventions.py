@@ -1,7 +1,6 @@
 """How pipelines call their networks: data, one entry per family.
 
-A pipeline is found by its class name or by the names of its base classes, then by its denoiser. Entries with a `refusal`
-are known not to work; the sentence says why.
+Entries with a `refusal` are known not to work; the sentence says why.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from diffaccel.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -53,31 +50,3 @@ class Convention:
     schedule: str | None = None
     default_depth: int = 0
     refusal: str | None = None
-
-
-def find_convention(pipe: Any) -> Convention:
-    """Convention of a pipeline.
-
-    Raises:
-        Unsupported: the family is refused, or nothing matches.
-    """
-    from diffaccel.pipelines import diffusion_transformers as transformers  # noqa: PLC0415  (they import this file)
-    from diffaccel.pipelines.stable_diffusion import CONVENTIONS, GENERIC_UNET  # noqa: PLC0415
-
-    names = [cls.__name__ for cls in type(pipe).__mro__]
-    for name in names:
-        for convention in (*CONVENTIONS, *transformers.CONVENTIONS):
-            if name in convention.pipelines:
-                return _accepted(convention, type(pipe).__name__)
-    if type(getattr(pipe, "unet", None)).__name__ in ("UNet2DConditionModel", "OptimizedModule"):
-        return GENERIC_UNET
-    raise Unsupported(
-        f"{type(pipe).__name__} is not supported; supported are pipelines around a UNet2DConditionModel and the "
-        f"diffusion transformers {', '.join(c.family for c in transformers.CONVENTIONS if not c.refusal)}."
-    )
-
-
-def _accepted(convention: Convention, name: str) -> Convention:
-    if convention.refusal:
-        raise Unsupported(f"{name} is not supported: {convention.refusal}")
-    return convention

@@ -19,7 +19,7 @@ from benchmarks.recipes import chosen_presets, methods_alone
 from benchmarks.subjects import SUBJECTS
 from diffaccel import GuidanceInterval, Recipe, SkipCache, StepSchedule
 from diffaccel.bench import PeakMemory, Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
-from diffaccel.comparison import Row
+from diffaccel.comparison_rows import Row
 from diffaccel.contest import PLAIN, Runner, Settings
 from diffaccel.quality import Interval
 from tests.tiny import WIDTH, tiny_sd, tiny_sdxl

@@ -15,7 +15,8 @@ from PIL import Image
 from diffaccel import GuidanceInterval, Recipe, SkipCache
 from diffaccel.bench import Spread
 from diffaccel.compare import Measurement, compare, demo, score
-from diffaccel.comparison import Comparison, Row, columns, markdown_table
+from diffaccel.comparison import Comparison
+from diffaccel.comparison_rows import Row, columns, markdown_table
 from diffaccel.contact_sheet import CELL, MARGIN, TEXT_WIDTH, draw_contact_sheet
 from diffaccel.contest import (
     PLAIN,

@@ -21,8 +21,9 @@ from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Drawn, Engine, PageErro
 from diffaccel.demo.sessions import KEPT_RUNS, Session, Sessions
 from diffaccel.erasure.settings import METHODS
 from diffaccel.errors import DiffaccelError, RecipeError
-from diffaccel.method import Method, registry
-from diffaccel.recipe import presets
+from diffaccel.method import Method
+from diffaccel.methods import registry
+from diffaccel.pipelines.presets import presets
 from diffaccel.run import Evaluation, Layer
 
 TWO = Ask.of(prompt="a red square", steps=2, seed=3)
@@ -109,7 +110,7 @@ def test_a_new_method_appears_without_edits(monkeypatch):
 
     import diffaccel.method
 
-    monkeypatch.setitem(diffaccel.method._REGISTRY, "blur", Blur)
+    monkeypatch.setitem(diffaccel.method.REGISTERED, "blur", Blur)
     radius, mode = fields.offered()["blur"]
     assert (radius.kind, radius.minimum, radius.maximum, radius.help) == ("slider", 0, 8, "in pixels.")
     assert (mode.kind, mode.choices) == ("choice", ("box", "gauss"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import diffaccel
-from diffaccel.method import registry
+from diffaccel.methods import registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

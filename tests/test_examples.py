@@ -13,9 +13,10 @@ FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 def run(tmp_path, monkeypatch):
     """Run a script in an empty folder; methods and pipelines that it makes known are forgotten afterwards."""
     from diffaccel import method
+    from diffaccel.methods import registry
     from diffaccel.pipelines import diffusion_transformers
 
-    monkeypatch.setattr(method, "_REGISTRY", method.registry())
+    monkeypatch.setattr(method, "REGISTERED", registry())
     monkeypatch.setattr(diffusion_transformers, "CONVENTIONS", diffusion_transformers.CONVENTIONS)
     monkeypatch.chdir(tmp_path)
     return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"), run_name="example")

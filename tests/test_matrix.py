@@ -37,8 +37,7 @@ from diffaccel import (
     TokenMerging,
     Unsupported,
 )
-from diffaccel.method import registry
-from diffaccel.methods import Erase
+from diffaccel.methods import Erase, registry
 from diffaccel.recipe import CONFLICTS
 
 # Settings that act in a run of nine steps. Sizes are given where timings would decide, so that nothing depends on load.

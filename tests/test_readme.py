@@ -31,8 +31,9 @@ def blocks(language):
 def own_registry(monkeypatch):
     """Methods that a page registers are forgotten afterwards."""
     from diffaccel import method
+    from diffaccel.methods import registry
 
-    monkeypatch.setattr(method, "_REGISTRY", method.registry())
+    monkeypatch.setattr(method, "REGISTERED", registry())
 
 
 def test_every_block_has_a_language_that_is_checked():

@@ -30,9 +30,9 @@ from diffaccel import (
     TokenDownsampling,
     TokenMerging,
 )
-from diffaccel.method import registry
-from diffaccel.methods import Erase
-from diffaccel.recipe import CONFLICTS, build_method, resolve_recipe
+from diffaccel.methods import Erase, registry
+from diffaccel.pipelines.presets import resolve_recipe
+from diffaccel.recipe import CONFLICTS, build_method
 
 # No setting below has its default value.
 SCHEDULED = {

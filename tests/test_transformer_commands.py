@@ -153,7 +153,7 @@ def test_doctor(sd3_folder):
 def test_doctor_asks_the_methods_that_would_run(sd3, monkeypatch):
     """A recipe for both kinds of denoisers is judged by its methods for transformers."""
     wrong = Recipe(name="wrong", methods=(GuidanceInterval(low=0.5),), transformer_methods=(TokenDownsampling(),))
-    monkeypatch.setattr("diffaccel.recipe.presets", lambda: {"both kinds": FEWER, "wrong": wrong})
+    monkeypatch.setattr("diffaccel.pipelines.presets.presets", lambda: {"both kinds": FEWER, "wrong": wrong})
     found = {check.name: check for check in doctor.check_pipeline(sd3).presets}
     assert found["both kinds"].applies
     assert "token_downsampling works on UNets" in found["wrong"].reason

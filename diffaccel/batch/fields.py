@@ -17,7 +17,8 @@ from diffaccel.batch.rows import RawRow
 from diffaccel.batch.settings import BatchSettings, RowProblem
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method
-from diffaccel.recipe import Recipe, each_once, presets
+from diffaccel.pipelines.presets import presets
+from diffaccel.recipe import Recipe, each_once
 
 COLUMNS = ("prompt", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "recipe", "name")
 # Call arguments that the batch sets itself, and what to write instead.

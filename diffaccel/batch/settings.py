@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel.errors import DiffaccelError
-from diffaccel.recipe import Recipe, resolve_recipe
+from diffaccel.pipelines.presets import resolve_recipe
+from diffaccel.recipe import Recipe
 
 SHOWN_PROBLEMS = 20
 

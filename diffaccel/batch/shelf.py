@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from diffaccel.batch.fields import Row
 from diffaccel.batch.shards import member_of, names_in
 
-if TYPE_CHECKING:
-    from diffaccel.batch.plan import BatchPlan
+
+class Places(Protocol):
+    """Where the pictures of rows belong: a `BatchPlan`."""
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    def path(self, row: Row) -> Path: ...
+    def shard(self, row: Row) -> Path | None: ...
 
 
 class Shelf:
     """Whether recorded pictures are still there as recorded: in the folder, waiting for a shard, or in it."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: Places) -> None:
         self.plan = plan
         self._inside: dict[Path, tuple[int, frozenset[str]]] = {}
 

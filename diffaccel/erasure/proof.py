@@ -29,7 +29,8 @@ from diffaccel.erasure.probes import (
     template_probes,
     world_probes,
 )
-from diffaccel.erasure.proof_result import AttackResult, Proof
+from diffaccel.erasure.proof_figures import AttackResult
+from diffaccel.erasure.proof_result import Proof
 from diffaccel.erasure.proof_rows import Features, Means, check_reference, frechet, score_rows
 from diffaccel.erasure.recognition import (
     Classifier,
@@ -42,7 +43,7 @@ from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.erasure.scope import untouched, without_edit
 from diffaccel.erasure.scores import binomial
 from diffaccel.errors import Unsupported
-from diffaccel.pipelines.conventions import find_convention
+from diffaccel.pipelines.find import find_convention
 
 Progress = Callable[[int, int, str], None]
 MOST_KEPT = 12  # kept phrases that are drawn if nobody chooses; an edit may list a thousand

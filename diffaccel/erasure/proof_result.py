@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,70 +12,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from diffaccel.bench import describe_machine
-from diffaccel.comparison import _json_value as json_value
-from diffaccel.erasure.probes import Probe, Role
+from diffaccel.comparison_rows import json_value
+from diffaccel.erasure.probes import Probe
+from diffaccel.erasure.proof_figures import AttackResult, Row, attack_columns, concept_columns, rich_table
+from diffaccel.erasure.proof_sheet import save_sheet
 from diffaccel.output import OutputFolder, write_text
 from diffaccel.quality import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-TITLES: dict[str, str] = {
-    "erased": "erased",
-    "synonym": "erased, another name",
-    "kept": "kept",
-    "neighbour": "not listed",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One concept, before and after the edit, on the same prompts and seeds.
-
-    Attributes:
-        role: erased, synonym (another name of an erased concept), kept, or neighbour (near it, listed nowhere).
-        looked_for: what was recognised or not; for synonyms the erased concept.
-        distance: root mean square change of pixels, 0 to 1.
-        before, after: share of pictures in which it was recognised; None if nobody decides.
-        change: after minus before, paired.
-        clip_before, clip_after: mean agreement of picture and prompt.
-        kernel_before, kernel_after: kernel distance to the real pictures in the reference folder.
-    """
-
-    role: Role
-    concept: str
-    looked_for: str
-    prompts: int
-    distance: float
-    before: Interval | None = None
-    after: Interval | None = None
-    change: Interval | None = None
-    clip_before: float | None = None
-    clip_after: float | None = None
-    kernel_before: float | None = None
-    kernel_after: float | None = None
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """One attack on prompts that name an erased concept.
-
-    Attributes:
-        lengths: norm of the attacking embedding over that of the prompt's; a large one is no realistic prompt.
-        losses: difference to the original predictions at the first and the last step; () for the closed form.
-        pictures: (n, 3, 3, h, w): original, edited, and edited under attack.
-        original, before, after: share of pictures that show the concept, in the same order.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    lengths: float
-    losses: tuple[float, ...]
-    seconds: float
-    pictures: Tensor = field(repr=False)
-    original: Interval | None = None
-    before: Interval | None = None
-    after: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +110,8 @@ class Proof:
 
     def tables(self) -> list[Table]:
         """Rich tables: concepts, and attacks if there were any; columns that nobody measured are left out."""
-        tables = [_rich(concept_columns(self.rows), describe_machine(self.machine))]
-        return [*tables, _rich(attack_columns(self.attacks), "")] if self.attacks else tables
+        tables = [rich_table(concept_columns(self.rows), describe_machine(self.machine))]
+        return [*tables, rich_table(attack_columns(self.attacks), "")] if self.attacks else tables
 
     def __str__(self) -> str:
         from rich.console import Console  # noqa: PLC0415
@@ -179,8 +124,6 @@ class Proof:
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write proof.json and proof.png into a folder; returns their paths. Raises `OutputError`."""
-        from diffaccel.erasure.proof_sheet import save_sheet  # noqa: PLC0415
-
         target = OutputFolder(Path(folder), overwrite)
         report, picture = target.claim("proof.json"), target.claim("proof.png")
         write_text(report, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", overwrite=overwrite)
@@ -192,57 +135,3 @@ def _mean(parts: Iterable[tuple[Interval | None, int]]) -> float | None:
     """Mean weighted by the number of pictures; None if nothing was measured."""
     known = [(interval.mean, count) for interval, count in parts if interval is not None]
     return sum(m * c for m, c in known) / sum(c for _, c in known) if known else None
-
-
-def concept_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Table columns by title, formatted; only those with a value."""
-    found = {
-        "": [TITLES[row.role] for row in rows],
-        "concept": [row.concept for row in rows],
-        "prompts": [str(row.prompts) for row in rows],
-        "recognised before [95 %]": [percent(row.before) for row in rows],
-        "after [95 %]": [percent(row.after) for row in rows],
-        "change": ["" if row.change is None else f"{100 * row.change.mean:+.1f}" for row in rows],
-        "CLIP before": [_number(row.clip_before) for row in rows],
-        "CLIP after": [_number(row.clip_after) for row in rows],
-        "to real pictures before": [_number(row.kernel_before) for row in rows],
-        "to real pictures after": [_number(row.kernel_after) for row in rows],
-        "pixels": [f"{row.distance:.3f}" for row in rows],
-    }
-    return {title: cells for title, cells in found.items() if any(cells)}
-
-
-def attack_columns(results: Sequence[AttackResult]) -> dict[str, list[str]]:
-    """The same for attacks."""
-    found = {
-        "attack": [result.name.replace("_", " ") for result in results],
-        "prompts": [str(len(result.prompts)) for result in results],
-        "original model": [percent(result.original) for result in results],
-        "edited": [percent(result.before) for result in results],
-        "under attack": [percent(result.after) for result in results],
-        "length": [f"{result.lengths:.2f}x" for result in results],
-        "loss": [" to ".join(f"{loss:.3g}" for loss in result.losses) for result in results],
-        "seconds": [f"{result.seconds:.1f}" for result in results],
-    }
-    return {title: cells for title, cells in found.items() if any(cells)}
-
-
-def percent(value: Interval | None) -> str:
-    """A share with its interval in per cent."""
-    return "" if value is None else f"{100 * value.mean:.1f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _rich(columns: Mapping[str, Sequence[str]], caption: str) -> Table:
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(caption=caption)
-    for title in columns:
-        table.add_column(escape(title))
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*(escape(cell) for cell in cells))
-    return table

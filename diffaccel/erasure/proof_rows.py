@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.erasure.probes import Probe
-from diffaccel.erasure.proof_result import Row
+from diffaccel.erasure.proof_figures import Row
 from diffaccel.erasure.recognition import JudgeRecogniser, ProofError, Recogniser, reference_features
 from diffaccel.erasure.scores import binomial, clip_scores, kernel_distance, picture_distance
 from diffaccel.output import safe_name

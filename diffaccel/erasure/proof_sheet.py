@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffaccel.contact_sheet import wrap
+from diffaccel.erasure.probes import Probe
+from diffaccel.erasure.proof_figures import TITLES, AttackResult, Row
 from diffaccel.output import write_file
-
-if TYPE_CHECKING:
-    from diffaccel.erasure.proof_result import Proof, Row
 
 CELL, GAP, MARGIN, TEXT = 128, 8, 16, 210
 HEAD = 30
@@ -23,16 +22,33 @@ INK, PALE, PAPER = (24, 24, 28), (100, 100, 108), (250, 250, 250)
 Strip = tuple[list[str], list[Tensor]]  # label lines, pictures
 
 
-def save_sheet(proof: Proof, path: Path, *, overwrite: bool) -> None:
+class Proved(Protocol):
+    """What a sheet shows: a `Proof`."""
+
+    @property
+    def edit(self) -> Mapping[str, Any]: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def attacks(self) -> Sequence[AttackResult]: ...
+    @property
+    def probes(self) -> Sequence[Probe]: ...
+    @property
+    def before(self) -> Tensor: ...
+    @property
+    def after(self) -> Tensor: ...
+
+
+def save_sheet(proof: Proved, path: Path, *, overwrite: bool) -> None:
     """Write the sheet as PNG; complete or not at all."""
     sheet = draw_sheet(proof)
     write_file(path, lambda file: sheet.save(file, format="PNG"), overwrite=overwrite)
 
 
-def draw_sheet(proof: Proof) -> Image.Image:
+def draw_sheet(proof: Proved) -> Image.Image:
     """Up to 24 concepts with two prompts each, then up to four attacked prompts."""
-    from diffaccel.erasure.proof_result import TITLES  # noqa: PLC0415  (it imports this file)
-
     rows = proof.rows[:MOST_ROWS]
     concepts = [([TITLES[row.role], *wrap(row.concept, 22), *_figures(row)], _pairs(proof, row)) for row in rows]
     pairs = min(SHOWN, max(len(pictures) // 2 for _, pictures in concepts))
@@ -49,7 +65,7 @@ def _figures(row: Row) -> list[str]:
     return [f"{100 * row.before.mean:.0f} % to {100 * row.after.mean:.0f} % recognised"]
 
 
-def _pairs(proof: Proof, row: Row) -> list[Tensor]:
+def _pairs(proof: Proved, row: Row) -> list[Tensor]:
     found = [
         i
         for i, p in enumerate(proof.probes)
@@ -58,7 +74,7 @@ def _pairs(proof: Proof, row: Row) -> list[Tensor]:
     return [picture for i in found[:SHOWN] for picture in (proof.before[i], proof.after[i])]
 
 
-def _attacked(proof: Proof) -> list[Strip]:
+def _attacked(proof: Proved) -> list[Strip]:
     first = proof.attacks[0]
     return [
         (
@@ -69,7 +85,7 @@ def _attacked(proof: Proof) -> list[Strip]:
     ]
 
 
-def _footer(proof: Proof) -> str:
+def _footer(proof: Proved) -> str:
     settings = proof.settings
     return (
         f"{settings['model']}, {proof.edit['method']}, {settings['steps']} steps of {settings['scheduler']}, "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import Unsupported
-from diffaccel.pipelines.conventions import find_convention
+from diffaccel.pipelines.find import find_convention
 from diffaccel.run import bind_arguments
 from diffaccel.seams import Seams
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from diffaccel.errors import Unsupported
 from diffaccel.models.text_routes import Reader, RouteName, Source, TextRoute, describe_text_routes
-from diffaccel.pipelines.conventions import find_convention
+from diffaccel.pipelines.find import find_convention
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, requ
 from diffaccel.erasure.settings import Context, Settings, settings_of
 from diffaccel.erasure.solvers import SOLVERS
 from diffaccel.errors import Unsupported
+from diffaccel.version import __version__
 
 WEAK = 0.5  # below this strength an edit has little visible effect
 
@@ -154,10 +155,8 @@ def _versions() -> dict[str, str]:
     import diffusers  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
-    import diffaccel  # noqa: PLC0415
-
-    modules = {"diffaccel": diffaccel, "diffusers": diffusers, "transformers": transformers, "torch": torch}
-    return {name: str(module.__version__) for name, module in modules.items()}
+    modules = {"diffusers": diffusers, "transformers": transformers, "torch": torch}
+    return {"diffaccel": __version__} | {name: str(module.__version__) for name, module in modules.items()}
 
 
 # --- one route ---

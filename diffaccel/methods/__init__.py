@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them all."""
 
+from diffaccel import method as base
 from diffaccel.methods.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
 from diffaccel.methods.block_cache import BlockCache as BlockCache
 from diffaccel.methods.erase import Erase as Erase
@@ -15,3 +16,8 @@ from diffaccel.methods.step_reuse import StepReuse as StepReuse
 from diffaccel.methods.step_schedule import StepSchedule as StepSchedule
 from diffaccel.methods.token_downsampling import TokenDownsampling as TokenDownsampling
 from diffaccel.methods.token_merging import TokenMerging as TokenMerging
+
+
+def registry() -> dict[str, type[base.Method]]:
+    """All methods by name, in the order of their layers."""
+    return dict(sorted(base.REGISTERED.items(), key=lambda item: (item[1].layer, item[0])))

@@ -127,7 +127,7 @@ def published_timesteps(pipe: Any, count: int) -> list[int]:
     """
     from diffusers.schedulers import AysSchedules  # noqa: PLC0415  (this import is slow)
 
-    from diffaccel.pipelines.conventions import find_convention  # noqa: PLC0415
+    from diffaccel.pipelines.find import find_convention  # noqa: PLC0415
 
     for owner, function in ((pipe, type(pipe).__call__), (pipe.scheduler, pipe.scheduler.set_timesteps)):
         if "timesteps" not in inspect.signature(function).parameters:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+from diffaccel.model_folder import absent_parts
+
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
@@ -48,8 +50,6 @@ def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionP
     """The pipeline that diffusers saved in `folder`, as `load_miniature` gives it; parts it lacks stay out."""
     import diffusers
     import torch
-
-    from diffaccel.loading import absent_parts
 
     index = json.loads((folder / "model_index.json").read_text())
     kind = getattr(diffusers, index["_class_name"])
