@@ -74,7 +74,7 @@ def _lower_part(trained: CLIPTextModel, layers: int) -> CLIPTextModelWithProject
 
     The layer more is the trained one's next, or passes everything on where the trained one ends.
     """
-    config = {**trained.config.to_dict(), "num_hidden_layers": layers + 1, "projection_dim": TEXT_WIDTH}
+    config = {**trained.config.to_dict(), "num_hidden_layers": layers + 1, "projection_dim": trained.config.hidden_size}
     model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
     own, given = model.state_dict(), trained.state_dict()
     given = {(key if key in own else f"text_model.{key}"): value for key, value in given.items()}

@@ -81,33 +81,36 @@ def _merge(row: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write vocab.json and merges.txt into `folder` and load them the way a pipeline would."""
+def build_tokenizer(folder: Path, words: Sequence[str] | None = None, length: int = LENGTH) -> CLIPTokenizer:
+    """Write vocab.json and merges.txt into `folder` and load them the way a pipeline would.
+
+    `words` (the shapes' if None) become one token each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    merges, symbols = learn_merges(vocabulary_words()), byte_symbols()
+    merges, symbols = learn_merges(words or vocabulary_words()), byte_symbols()
     entries = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
     table = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
     (folder / "vocab.json").write_text(json.dumps(table, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=END, model_max_length=LENGTH
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=END, model_max_length=length
     )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of 0.9 M parameters for `tokenizer`."""
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:
+    """A CLIP text model of 0.9 M parameters (more if wider) for `tokenizer`, as long as it pads to."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            projection_dim=WIDTH,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -116,10 +119,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """(n, 32) token ids, padded with end-of-text."""
-    ids = tokenizer(
-        list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    """(n, length) token ids, padded with end-of-text."""
+    ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
     return torch.as_tensor(ids)
 
 

@@ -72,11 +72,11 @@ SYNONYM_SHARE, PARENT_SHARE = 0.25, 0.06
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says of one object: the word, the nouns that fulfil it, its place, and its size if told."""
+    """What a caption says of one object: the word, the nouns that fulfil it, and its place and size if told."""
 
     term: str
     names: tuple[str, ...]
-    place: str
+    place: str | None = None
     bulk: str | None = None
 
 
@@ -151,7 +151,14 @@ def _mention(item: SceneObject, scene: Scene, rng: Generator, parents: float) ->
         term = pick(rng, parents_of(item.noun))
     elif noun(item.noun).synonyms and rng.random() < SYNONYM_SHARE:
         term = pick(rng, noun(item.noun).synonyms)
-    return Mention(term, names_of(term), item.place, _told_bulk(item, scene, rng))
+    return Mention(term, names_of(term), _told_place(item, scene, rng), _told_bulk(item, scene, rng))
+
+
+def _told_place(item: SceneObject, scene: Scene, rng: Generator) -> str | None:
+    """Of several things always; for one thing the middle goes without saying."""
+    if len(scene.objects) > 1 or rng.random() < (0.06 if item.place == "centre" else 0.92):
+        return item.place
+    return None
 
 
 def _told_bulk(item: SceneObject, scene: Scene, rng: Generator) -> str | None:
@@ -167,17 +174,11 @@ def _bulk_word(row: Mention, rng: Generator) -> str:
 
 def _arranged(scene: Scene, mentions: Sequence[Mention], phrases: Sequence[str], rng: Generator) -> str:
     if scene.layout == "single":
-        return phrases[0] + _place_text(mentions[0].place, rng)
+        place = mentions[0].place
+        return f"{phrases[0]} {pick(rng, PLACE_PHRASES[place])}" if place else phrases[0]
     if len(phrases) == 2:
         return _pair_text(scene.layout, phrases, rng)
     return pick(rng, LINE_PHRASES[scene.layout]).format(*phrases)
-
-
-def _place_text(place: str, rng: Generator) -> str:
-    """The middle goes without saying."""
-    if rng.random() > (0.06 if place == "centre" else 0.92):
-        return ""
-    return " " + pick(rng, PLACE_PHRASES[place])
 
 
 def _pair_text(layout: str, phrases: Sequence[str], rng: Generator) -> str:
