@@ -5,7 +5,7 @@ position learn to tell, through one linear layer, which thing lies at each of ni
 style and on what ground the picture is; every word from a thing's last on learns to tell that thing. A synonym so comes
 to lie near its noun, and a wider word ("an animal"), which asks for one of its children with equal chances, among them.
 
-python -m training.world.train_text --out training/out/world --minutes 12
+python -m training.world.train_text --out training/out --minutes 12
 """
 
 from __future__ import annotations
@@ -175,6 +175,7 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 2) -> CLIP
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(out / "tokenizer", vocabulary_words(), LENGTH)
     encoder, heads = build_text_encoder(tokenizer, WIDTH).to(device), Heads().to(device)
+    encoder.set_attn_implementation("eager")  # fused attention's backward pass is slow in bfloat16 on a CPU
     both = nn.ModuleList([encoder, heads])
     trainee = Trainee(both, out / "text.pt", minutes, rate=PEAK_RATE, decay=0.998, weight_decay=0.01)
     batches = Batches(tokenizer, numpy.random.default_rng([seed, trainee.step]))

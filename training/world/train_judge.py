@@ -1,0 +1,202 @@
+"""Train the world's judge on freshly drawn scenes, and its validity output on damaged ones.
+
+python -m training.world.train_judge --out training/out --minutes 40
+
+The scenes that the models never see are no secret to the judge: it has to read them. What it is measured on is drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from numpy.random import Generator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffaccel.miniatures.world.captions import Mention, Truth
+from diffaccel.miniatures.world.judge import (
+    CELL,
+    CHANNELS,
+    VERDICT_FIELDS,
+    WHOLE,
+    WorldJudge,
+    WorldJudgeNetwork,
+    compare,
+)
+from diffaccel.miniatures.world.nouns import NAMES, NOUN_INDEX
+from diffaccel.miniatures.world.scenes import GROUND_COLOURS, GROUNDS, STYLES, Scene, pick
+from training.common import Trainee, count_parameters, run_script, write_json
+from training.world import World
+from training.world.damage import DAMAGES, Drawn, empty, soften
+
+DEPTH = 2
+PEAK_RATE = 2e-3
+# (side, pictures, the side scenes are sampled for): equal work a step
+MENU = ((128, 32, 128), (128, 32, 128), (256, 8, 256), (256, 8, 512))
+SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
+NEAR = 0.25  # of a thing's size: cells no further from its centre learn its name
+IGNORED = -100
+SAVE_STEPS = 200
+
+
+class Targets:
+    """What the network should say of a batch of scenes; cells are `CELL` pixels."""
+
+    def __init__(self, scenes: Sequence[Scene], side: int) -> None:
+        cells = side // CELL
+        line = torch.arange(cells) + 0.5
+        self.heat = torch.zeros(len(scenes), cells, cells)
+        self.noun = torch.full((len(scenes), cells, cells), IGNORED)
+        self.artwork = torch.full_like(self.noun, IGNORED)
+        self.box = torch.zeros(len(scenes), 3, cells, cells)
+        for row, scene in enumerate(scenes):
+            for item in scene.objects:
+                across, down = item.x * cells - line, item.y * cells - line
+                distance = torch.hypot(down[:, None], across[None, :])
+                heat = torch.exp(-((distance / SPREAD) ** 2) / 2)
+                near = distance <= max(1.0, NEAR * item.size * cells)
+                self.heat[row] = torch.maximum(self.heat[row], heat)
+                self.noun[row][near], self.artwork[row][near] = NOUN_INDEX[item.noun], item.artwork
+                self.box[row, 0][near] = across[None, :].expand_as(near)[near]
+                self.box[row, 1][near] = down[:, None].expand_as(near)[near]
+                self.box[row, 2][near] = math.log(item.size * cells)
+        self.whole = torch.tensor([whole_classes(scene) for scene in scenes])
+
+
+def whole_classes(scene: Scene) -> list[int]:
+    """Style (0: none), the ground's colour (ignored where the style hides it) and kind (likewise)."""
+    from diffaccel.miniatures.world.scenes import COLOURLESS_STYLES, OUTLINE_STYLES
+
+    colour = IGNORED if scene.style in COLOURLESS_STYLES else GROUND_COLOURS.index(scene.ground.colour)
+    kind = IGNORED if scene.style in OUTLINE_STYLES else GROUNDS.index(scene.ground.kind)
+    return [STYLES.index(scene.style) + 1 if scene.style else 0, colour, kind]
+
+
+def judge_loss(logits: dict[str, Tensor], targets: Targets, sound: Tensor, bare: Tensor) -> Tensor:
+    """Of sound pictures everything, of bare grounds that nothing is there, of all whether they are sound."""
+    cross, binary = nn.functional.cross_entropy, nn.functional.binary_cross_entropy_with_logits
+    good, clear = sound.bool(), sound.bool() | bare
+    heat = torch.where(bare[:, None, None], torch.zeros(()), targets.heat)
+    told = (targets.noun >= 0) & good[:, None, None]
+    total = binary(logits["heat"][clear, 0], heat[clear], reduction="sum") / max(1.0, heat[clear].sum().item())
+    total = total + cross(logits["noun"].permute(0, 2, 3, 1)[told], targets.noun[told])
+    total = total + 0.3 * cross(logits["artwork"].permute(0, 2, 3, 1)[told], targets.artwork[told])
+    shift = (logits["box"] - targets.box).abs().permute(0, 2, 3, 1)[told]
+    total = total + 0.5 * shift[:, :2].mean() + shift[:, 2].mean()
+    for index, (name, _) in enumerate(WHOLE):
+        column = targets.whole[good, index]
+        total = total + 0.3 * cross(logits[name][good], column, reduction="sum") / max(1, int((column >= 0).sum()))
+    return total + binary(logits["validity"], sound)
+
+
+class Batches:
+    """Pictures drawn as training goes on; three in ten are damaged, some of the sound ones come from the codec."""
+
+    def __init__(self, world: World, rng: Generator) -> None:
+        self.world, self.rng = world, rng
+
+    def scene(self, side: int) -> Scene:
+        style = "random" if self.rng.random() < 0.55 else None
+        return self.world.sample(self.rng, 1 if side == 128 else None, side, style, held_out=True)
+
+    def draw(self, step: int) -> tuple[Tensor, Targets, Tensor, Tensor]:
+        """Pictures (n, 3, s, s), their targets, whether each is sound (n,) and whether it is bare ground (n,)."""
+        side, count, sampled = MENU[step % len(MENU)]
+        scenes = [self.scene(sampled) for _ in range(count)]
+        pictures, sound, bare = [], torch.ones(count), torch.zeros(count, dtype=torch.bool)
+        for row, scene in enumerate(scenes):
+            drawn = Drawn.of(self.world, scene, side, self.rng)
+            if self.rng.random() < 0.3:
+                damage = pick(self.rng, DAMAGES)
+                sound[row], bare[row] = 0.0, damage is empty
+                pictures.append(damage(drawn))
+            else:
+                pictures.append(soften(drawn))
+        return torch.stack(pictures), Targets(scenes, side), sound, bare
+
+
+def fully_told(scene: Scene) -> Truth:
+    """A truth that tells all of `scene` that can be seen."""
+    mentions = [
+        Mention(
+            item.noun, (item.noun,), item.place, None if len(scene.objects) > 1 or item.bulk == "medium" else item.bulk
+        )
+        for item in scene.objects
+    ]
+    _, colour, kind = whole_classes(scene)
+    ground = (scene.ground.colour if colour >= 0 else None, scene.ground.kind if kind >= 0 else None)
+    return Truth(tuple(mentions), scene.layout, scene.style, *ground)
+
+
+@torch.no_grad()
+def evaluate(network: WorldJudgeNetwork, world: World, count: int = 400, seed: int = 99) -> dict[str, float]:
+    """On new pictures: share read right in each respect by number of things and size, and share of damaged ones rejected."""
+    judge, rng = WorldJudge(network), numpy.random.default_rng(seed)
+    found: dict[str, float] = {"pictures_per_row": count}
+    for name, objects, side in (
+        ("close", 1, 128),
+        ("single", 1, 256),
+        ("pair", 2, 256),
+        ("four", 4, 256),
+        ("wide_pair", 2, 512),
+    ):
+        scenes = [world.sample(rng, objects, side, "random" if row % 2 else None, True) for row in range(count)]
+        drawn = [Drawn.of(world, scene, side, rng) for scene in scenes]
+        readings = [judge.read(item.picture[None])[0] for item in drawn]
+        rows = [compare(reading, fully_told(scene)) for reading, scene in zip(readings, scenes, strict=True)]
+        share = torch.tensor(rows).float().mean(0).tolist()
+        found |= {f"{name}_{key}": round(value, 4) for key, value in zip(VERDICT_FIELDS, share, strict=True)}
+        if name in ("close", "pair"):
+            found |= {f"{name}_{key}": value for key, value in _rejected(judge, drawn).items()}
+    return found
+
+
+def _rejected(judge: WorldJudge, drawn: Sequence[Drawn]) -> dict[str, float]:
+    rows = {}
+    for damage in DAMAGES:
+        readings = [judge.read(damage(item)[None])[0] for item in drawn[:100]]
+        rows[f"{damage.__name__}_rejected"] = 1 - sum(reading.valid for reading in readings) / len(readings)
+    return {name: round(value, 4) for name, value in rows.items()}
+
+
+def save_judge(network: WorldJudgeNetwork, folder: Path, report: dict[str, float]) -> None:
+    """judge.safetensors (half precision) and judge.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.half().contiguous() for name, value in network.state_dict().items()}
+    save_file(state, folder / "judge.safetensors")
+    config = {"channels": list(CHANNELS), "depth": DEPTH, "nouns": len(NAMES), "parameters": count_parameters(network)}
+    write_json(folder / "judge.json", {**config, "on_new_pictures": report})
+
+
+def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> WorldJudgeNetwork:
+    """Train or continue; writes `out/world_judge.pt` and the finished files in `out/world_judge`."""
+    torch.manual_seed(seed)
+    world, network = World.load(out), WorldJudgeNetwork(CHANNELS, DEPTH).to(device)
+    trainee = Trainee(network, out / "world_judge.pt", minutes, rate=PEAK_RATE, decay=0.997, weight_decay=0.02)
+    batches = Batches(world, numpy.random.default_rng([seed, trainee.step]))
+    for step in trainee:
+        pictures, targets, sound, bare = batches.draw(step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = network(pictures.to(device))
+        logits = {name: part.float().cpu() for name, part in logits.items()}
+        loss = judge_loss(logits, targets, sound, bare)
+        trainee.learn(loss)
+        if step % 50 == 0:
+            print(f"judge {step} {trainee.clock.seconds:.0f} s loss {loss.item():.3f}", flush=True)
+        if step % SAVE_STEPS == SAVE_STEPS - 1:
+            trainee.save()
+    trainee.finish()
+    network = network.cpu().eval()
+    report = evaluate(network, world)
+    print(json.dumps(report), flush=True)
+    save_judge(network, out / "world_judge", report)
+    return network
+
+
+if __name__ == "__main__":
+    run_script(__doc__, 40, train)
