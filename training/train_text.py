@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -63,12 +64,26 @@ def byte_symbols() -> list[str]:
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until each of `words` is one token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    pairs = Counter(pair for row in pieces for pair in pairwise(row))
+    holders: defaultdict[tuple[str, str], set[int]] = defaultdict(set)  # only the words that hold a pair change with it
+    for index, row in enumerate(pieces):
+        _note(holders, row, index)
     merges = []
-    while pairs := Counter(pair for row in pieces for pair in zip(row, row[1:], strict=False)):
+    while pairs := +pairs:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
-        pieces = [_merge(row, best) for row in pieces]
+        for index in holders[best]:
+            pairs.subtract(pairwise(pieces[index]))
+            pieces[index] = _merge(pieces[index], best)
+            pairs.update(pairwise(pieces[index]))
+        for index in tuple(holders[best]):
+            _note(holders, pieces[index], index)
     return merges
+
+
+def _note(holders: defaultdict[tuple[str, str], set[int]], row: Sequence[str], index: int) -> None:
+    for pair in pairwise(row):
+        holders[pair].add(index)
 
 
 def _merge(row: list[str], pair: tuple[str, str]) -> list[str]:

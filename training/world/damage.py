@@ -45,7 +45,9 @@ class Drawn:
 
     def with_other_nouns(self) -> Tensor:
         """The same picture of other things."""
-        objects = tuple(replace(item, noun=pick(self.rng, self.world.names)) for item in self.scene.objects)
+        names = self.world.names
+        others = [pick(self.rng, [name for name in names if name != item.noun]) for item in self.scene.objects]
+        objects = tuple(replace(item, noun=name) for item, name in zip(self.scene.objects, others, strict=True))
         return as_tensor(self.world.draw(replace(self.scene, objects=objects), self.side))
 
     def box(self) -> tuple[SceneObject, int, int, int]:

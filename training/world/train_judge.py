@@ -29,7 +29,15 @@ from diffaccel.miniatures.world.judge import (
     compare,
 )
 from diffaccel.miniatures.world.nouns import NAMES, NOUN_INDEX
-from diffaccel.miniatures.world.scenes import GROUND_COLOURS, GROUNDS, STYLES, Scene, pick
+from diffaccel.miniatures.world.scenes import (
+    COLOURLESS_STYLES,
+    GROUND_COLOURS,
+    GROUNDS,
+    OUTLINE_STYLES,
+    STYLES,
+    Scene,
+    pick,
+)
 from training.common import Trainee, count_parameters, run_script, write_json
 from training.world import World
 from training.world.damage import DAMAGES, Drawn, empty, soften
@@ -39,7 +47,7 @@ PEAK_RATE = 2e-3
 # (side, pictures, the side scenes are sampled for): equal work a step
 MENU = ((128, 32, 128), (128, 32, 128), (256, 8, 256), (256, 8, 512))
 SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
-NEAR = 0.25  # of a thing's size: cells no further from its centre learn its name
+NEAR, NEAREST = 0.25, 1.5  # of a thing's size and in cells: those no further from its centre learn its name
 IGNORED = -100
 SAVE_STEPS = 200
 
@@ -59,7 +67,7 @@ class Targets:
                 across, down = item.x * cells - line, item.y * cells - line
                 distance = torch.hypot(down[:, None], across[None, :])
                 heat = torch.exp(-((distance / SPREAD) ** 2) / 2)
-                near = distance <= max(1.0, NEAR * item.size * cells)
+                near = distance <= max(NEAREST, NEAR * item.size * cells)
                 self.heat[row] = torch.maximum(self.heat[row], heat)
                 self.noun[row][near], self.artwork[row][near] = NOUN_INDEX[item.noun], item.artwork
                 self.box[row, 0][near] = across[None, :].expand_as(near)[near]
@@ -70,8 +78,6 @@ class Targets:
 
 def whole_classes(scene: Scene) -> list[int]:
     """Style (0: none), the ground's colour (ignored where the style hides it) and kind (likewise)."""
-    from diffaccel.miniatures.world.scenes import COLOURLESS_STYLES, OUTLINE_STYLES
-
     colour = IGNORED if scene.style in COLOURLESS_STYLES else GROUND_COLOURS.index(scene.ground.colour)
     kind = IGNORED if scene.style in OUTLINE_STYLES else GROUNDS.index(scene.ground.kind)
     return [STYLES.index(scene.style) + 1 if scene.style else 0, colour, kind]

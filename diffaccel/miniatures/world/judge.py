@@ -272,7 +272,8 @@ def _objects(logits: dict[str, Tensor]) -> Iterable[tuple[Seen, ...]]:
     weights = nn.functional.avg_pool2d(heat, 3, 1, 1)
     votes = nn.functional.avg_pool2d(logits["noun"].softmax(1) * heat, 3, 1, 1) / weights
     for row in range(len(heat)):
-        spots = sorted(peaks[row, 0].nonzero().tolist(), key=lambda at, row=row: -heat[row, 0, at[0], at[1]].item())
+        sure = heat[row, 0]
+        spots = sorted(peaks[row, 0].nonzero().tolist(), key=lambda at, sure=sure: -float(sure[at[0], at[1]]))  # type: ignore[misc]
         kept: list[Seen] = []
         for down, across in spots:
             seen = _seen(logits, votes, heat, (row, down, across))
