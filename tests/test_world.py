@@ -387,12 +387,16 @@ def test_every_word_is_one_token_and_comes_back(tokenizer, captioned):
 
 
 def test_text_targets_say_what_the_caption_says(tokenizer, rng):
-    ids, places, _, spoken = Batches(tokenizer, rng).draw(40)
-    assert torch.allclose(places.sum(-1), torch.ones(40, len(PLACES)))
-    for row, told, at in zip(ids, spoken, places, strict=True):
-        filled = int((at.argmax(-1) != NOTHING).sum())
-        assert (filled == 0) == (told.sum() == 0)
-        assert told[row == tokenizer.eos_token_id].sum() == 0
+    batch = Batches(tokenizer, rng).draw(60)
+    assert torch.allclose(batch.places.sum(-1), torch.ones(60, len(PLACES)))
+    for ids, spoken, count, order, places in zip(
+        batch.ids, batch.spoken, batch.count, batch.order, batch.places, strict=True
+    ):
+        filled = places[places.argmax(-1) != NOTHING]
+        assert count[-1] == len(filled) == (order.sum(-1) > 0).sum()
+        assert spoken[ids == tokenizer.eos_token_id].sum() == 0
+        assert ((spoken.sum(-1) > 0) == ((count > 0) & (ids != tokenizer.eos_token_id))).all()
+        assert torch.equal(filled.sum(0), order.sum(0))
     wider = place_targets(Truth((Mention("bird", names_of("bird")),), "single"))
     assert wider[PLACES.index("centre"), [NAMES.index(name) for name in children_of("bird")]].min() > 0
 

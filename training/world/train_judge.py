@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
 import torch
+from diffusers import AutoencoderKL
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,17 +31,19 @@ from diffaccel.miniatures.world.judge import (
 )
 from diffaccel.miniatures.world.nouns import NAMES, NOUN_INDEX
 from diffaccel.miniatures.world.scenes import (
+    CLOSE_SIDE,
     COLOURLESS_STYLES,
     GROUND_COLOURS,
     GROUNDS,
     OUTLINE_STYLES,
     STYLES,
     Scene,
+    between,
     pick,
 )
 from training.common import Trainee, count_parameters, run_script, write_json
 from training.world import World
-from training.world.damage import DAMAGES, Drawn, empty, soften
+from training.world.damage import DAMAGES, Drawn, as_tensor, empty, soften
 
 DEPTH = 2
 PEAK_RATE = 2e-3
@@ -50,6 +53,8 @@ SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
 NEAR, NEAREST = 0.25, 1.5  # of a thing's size and in cells: those no further from its centre learn its name
 IGNORED = -100
 SAVE_STEPS = 200
+DAMAGED_SHARE, POOL_SHARE = 0.3, 0.15
+POOL = {128: 320, 256: 96}  # pictures through the codec, by side
 
 
 class Targets:
@@ -100,30 +105,68 @@ def judge_loss(logits: dict[str, Tensor], targets: Targets, sound: Tensor, bare:
     return total + binary(logits["validity"], sound)
 
 
+def any_scene(world: World, rng: Generator, side: int) -> Scene:
+    """A scene for pictures of `side`, mostly in a style, held out from the models or not."""
+    style = "random" if rng.random() < 0.55 else None
+    return world.sample(rng, 1 if side == CLOSE_SIDE else None, side, style, held_out=True)
+
+
+class Pool:
+    """Pictures that went through the autoencoder: as sound as drawn ones, but with its handwriting."""
+
+    def __init__(self, rows: dict[int, list[tuple[Scene, Tensor]]]) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, world: World, out: Path, rng: Generator) -> Pool:
+        """Some scenes of each side of POOL encoded, disturbed a little and decoded; none before there is a codec."""
+        if not (out / "codec.pt").exists():
+            print("judge: no codec.pt yet, so it sees no pictures of the autoencoder", flush=True)
+            return cls({side: [] for side in POOL})
+        from training.world.codec import load_codec
+
+        codec = load_codec(out).eval()
+        return cls({side: [cls._row(world, codec, rng, side) for _ in range(count)] for side, count in POOL.items()})
+
+    @staticmethod
+    @torch.no_grad()
+    def _row(world: World, codec: AutoencoderKL, rng: Generator, side: int) -> tuple[Scene, Tensor]:
+        scene = any_scene(world, rng, side if rng.random() < 0.5 or side == CLOSE_SIDE else 2 * side)
+        picture = as_tensor(world.draw(scene, side))[None] * 2 - 1
+        latents = codec.encode(picture).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
+        latents += between(rng, 0, 0.15) * latents.std() * noise
+        return scene, (codec.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1)
+
+    def pick(self, rng: Generator, side: int) -> tuple[Scene, Tensor] | None:
+        return pick(rng, self.rows[side]) if self.rows[side] and rng.random() < POOL_SHARE else None
+
+
 class Batches:
-    """Pictures drawn as training goes on; three in ten are damaged, some of the sound ones come from the codec."""
+    """Pictures drawn as training goes on; three in ten are damaged, some of the sound ones come from the pool."""
 
-    def __init__(self, world: World, rng: Generator) -> None:
-        self.world, self.rng = world, rng
-
-    def scene(self, side: int) -> Scene:
-        style = "random" if self.rng.random() < 0.55 else None
-        return self.world.sample(self.rng, 1 if side == 128 else None, side, style, held_out=True)
+    def __init__(self, world: World, pool: Pool, rng: Generator) -> None:
+        self.world, self.pool, self.rng = world, pool, rng
 
     def draw(self, step: int) -> tuple[Tensor, Targets, Tensor, Tensor]:
         """Pictures (n, 3, s, s), their targets, whether each is sound (n,) and whether it is bare ground (n,)."""
         side, count, sampled = MENU[step % len(MENU)]
-        scenes = [self.scene(sampled) for _ in range(count)]
-        pictures, sound, bare = [], torch.ones(count), torch.zeros(count, dtype=torch.bool)
-        for row, scene in enumerate(scenes):
-            drawn = Drawn.of(self.world, scene, side, self.rng)
-            if self.rng.random() < 0.3:
-                damage = pick(self.rng, DAMAGES)
-                sound[row], bare[row] = 0.0, damage is empty
-                pictures.append(damage(drawn))
-            else:
-                pictures.append(soften(drawn))
+        rows = [self._one(side, sampled) for _ in range(count)]
+        scenes, pictures, damages = zip(*rows, strict=True)
+        sound = torch.tensor([damage is None for damage in damages]).float()
+        bare = torch.tensor([damage is empty for damage in damages])
         return torch.stack(pictures), Targets(scenes, side), sound, bare
+
+    def _one(self, side: int, sampled: int) -> tuple[Scene, Tensor, Callable[[Drawn], Tensor] | None]:
+        """A scene, its picture, and the damage done to it if any."""
+        if row := self.pool.pick(self.rng, side):
+            return *row, None
+        scene = any_scene(self.world, self.rng, sampled)
+        drawn = Drawn.of(self.world, scene, side, self.rng)
+        if self.rng.random() < DAMAGED_SHARE:
+            damage = pick(self.rng, DAMAGES)
+            return scene, damage(drawn), damage
+        return scene, soften(drawn), None
 
 
 def fully_told(scene: Scene) -> Truth:
@@ -162,6 +205,17 @@ def evaluate(network: WorldJudgeNetwork, world: World, count: int = 400, seed: i
     return found
 
 
+def evaluate_pool(network: WorldJudgeNetwork, pool: Pool) -> dict[str, float]:
+    """The same of pictures that went through the codec, which is what a model's pictures look like at best."""
+    found = {}
+    for side, rows in pool.rows.items():
+        readings = [WorldJudge(network).read(picture[None])[0] for _, picture in rows]
+        told = [compare(reading, fully_told(scene)) for reading, (scene, _) in zip(readings, rows, strict=True)]
+        share = torch.tensor(told).float().mean(0).tolist() if rows else []
+        found |= {f"codec_{side}_{key}": round(value, 4) for key, value in zip(VERDICT_FIELDS, share, strict=False)}
+    return found
+
+
 def _rejected(judge: WorldJudge, drawn: Sequence[Drawn]) -> dict[str, float]:
     rows = {}
     for damage in DAMAGES:
@@ -183,8 +237,9 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> Worl
     """Train or continue; writes `out/world_judge.pt` and the finished files in `out/world_judge`."""
     torch.manual_seed(seed)
     world, network = World.load(out), WorldJudgeNetwork(CHANNELS, DEPTH).to(device)
+    pool = Pool.of(world, out, numpy.random.default_rng(seed))  # first: its minutes are not the training's
     trainee = Trainee(network, out / "world_judge.pt", minutes, rate=PEAK_RATE, decay=0.997, weight_decay=0.02)
-    batches = Batches(world, numpy.random.default_rng([seed, trainee.step]))
+    batches = Batches(world, pool, numpy.random.default_rng([seed, trainee.step]))
     for step in trainee:
         pictures, targets, sound, bare = batches.draw(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -198,7 +253,7 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> Worl
             trainee.save()
     trainee.finish()
     network = network.cpu().eval()
-    report = evaluate(network, world)
+    report = evaluate(network, world) | evaluate_pool(network, Pool.of(world, out, numpy.random.default_rng(98)))
     print(json.dumps(report), flush=True)
     save_judge(network, out / "world_judge", report)
     return network

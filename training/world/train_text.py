@@ -5,12 +5,16 @@ position learn to tell, through one linear layer, which thing lies at each of ni
 style and on what ground the picture is; every word from a thing's last on learns to tell that thing. A synonym so comes
 to lie near its noun, and a wider word ("an animal"), which asks for one of its children with equal chances, among them.
 
+Which thing lies where is the hard part: without help it stays at chance for thousands of steps. So every word also learns
+to tell how many things were spoken of so far, and the end of text which was first, second, third and fourth.
+
 python -m training.world.train_text --out training/out --minutes 12
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy
@@ -21,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffaccel.miniatures.world.captions import Mention, Truth, caption, held_out_prompts, vocabulary_words
 from diffaccel.miniatures.world.nouns import NAMES, NOUN_INDEX
-from diffaccel.miniatures.world.scenes import GROUND_COLOURS, GROUNDS, PLACES, STYLES, training_scene
+from diffaccel.miniatures.world.scenes import GROUND_COLOURS, GROUNDS, MAX_OBJECTS, PLACES, STYLES, pick, training_scene
 from training.common import Trainee, load_checkpoint, run_script
 from training.train_sd3 import LOWER_LAYERS, _lower_part
 from training.train_text import build_text_encoder, build_tokenizer, tokenize
@@ -30,6 +34,7 @@ LENGTH, WIDTH = 32, 192
 BATCH = 64
 PEAK_RATE = 1.5e-3
 EMPTY_SHARE = 0.03
+OBJECTS = (1, 1, 1, 2, 2, 2, 2, 3, 4)  # several things are what takes time to learn
 # What is told of the whole picture; class 0 of each is "untold".
 WHOLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bulk", ("small", "large")),
@@ -41,17 +46,23 @@ NOTHING = len(NAMES)  # the class of an empty place
 
 
 class Heads(nn.Module):
-    """Linear read-outs: the thing at each place, the thing last spoken of, and what is told of the whole picture."""
+    """Linear read-outs: the thing at each place, things in the order spoken, and what is told of the whole picture."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.places = nn.Linear(width, len(PLACES) * (len(NAMES) + 1))
         self.spoken = nn.Linear(width, len(NAMES))
+        self.count = nn.Linear(width, MAX_OBJECTS + 1)
+        self.order = nn.Linear(width, MAX_OBJECTS * (len(NAMES) + 1))
         self.whole = nn.Linear(width, sum(len(values) + 1 for _, values in WHOLE))
 
     def at_places(self, hidden: Tensor) -> Tensor:
         """(..., places, nouns + 1) logits."""
         return self.places(hidden).unflatten(-1, (len(PLACES), -1))
+
+    def in_order(self, hidden: Tensor) -> Tensor:
+        """(..., 4, nouns + 1) logits: first, second, third and fourth thing spoken of."""
+        return self.order(hidden).unflatten(-1, (MAX_OBJECTS, -1))
 
     def of_whole(self, hidden: Tensor) -> list[Tensor]:
         return list(self.whole(hidden).split([len(values) + 1 for _, values in WHOLE], -1))
@@ -92,6 +103,29 @@ def term_end(ids: Sequence[int], term: Sequence[int], taken: set[int]) -> int:
     raise ValueError("the caption does not hold its own word")
 
 
+@dataclass
+class Batch:
+    """Captions as ids (n, 32) and what their rows should tell.
+
+    places (n, 9, nouns + 1) and whole (n, 4): at the end of text. order (n, 4, nouns + 1): there too, in the order spoken.
+    spoken (n, 32, nouns + 1): the thing last spoken of, zeros where there is none. count (n, 32): how many so far.
+    """
+
+    ids: Tensor
+    places: Tensor
+    whole: Tensor
+    order: Tensor
+    spoken: Tensor
+    count: Tensor
+
+    def cut(self, width: int) -> Batch:
+        """The first `width` positions."""
+        return replace(self, ids=self.ids[:, :width], spoken=self.spoken[:, :width], count=self.count[:, :width])
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
 class Batches:
     """Captions drawn at random with their targets as tensors."""
 
@@ -99,32 +133,35 @@ class Batches:
         self.tokenizer, self.rng = tokenizer, rng
         self._terms: dict[str, list[int]] = {}
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids (n, 32), places (n, 9, nouns + 1), whole (n, 4) and the noun last spoken of (n, 32, nouns + 1)."""
+    def draw(self, count: int) -> Batch:
         rows = [self._one() for _ in range(count)]
         ids = tokenize(self.tokenizer, [text for text, _ in rows])
-        spoken = [self._spoken(row, truth) for row, (_, truth) in zip(ids.tolist(), rows, strict=True)]
+        order, spoken, counts = zip(
+            *(self._spoken(row, truth) for row, (_, truth) in zip(ids.tolist(), rows, strict=True)), strict=True
+        )
         places = torch.stack([place_targets(truth) for _, truth in rows])
-        return ids, places, torch.tensor([whole_targets(truth) for _, truth in rows]), torch.stack(spoken)
+        whole = torch.tensor([whole_targets(truth) for _, truth in rows])
+        return Batch(ids, places, whole, torch.stack(order), torch.stack(spoken), torch.stack(counts))
 
     def _one(self) -> tuple[str, Truth | None]:
         if self.rng.random() < EMPTY_SHARE:
             return "", None
-        side = 128 if self.rng.random() < 0.3 else 256
+        objects = pick(self.rng, OBJECTS)
+        side = 128 if objects == 1 and self.rng.random() < 0.5 else 256
         style = "random" if self.rng.random() < 0.5 else None
-        objects = 1 if side == 128 else None
         return caption(training_scene(self.rng, objects, side, style), self.rng)
 
-    def _spoken(self, ids: list[int], truth: Truth | None) -> Tensor:
-        """(32, nouns + 1): zeros before the first noun's last token and from the end of text on."""
-        rows = torch.zeros(len(ids), len(NAMES) + 1)
+    def _spoken(self, ids: list[int], truth: Truth | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`order`, `spoken` and `count` of one caption."""
+        order, rows = torch.zeros(MAX_OBJECTS, len(NAMES) + 1), torch.zeros(len(ids), len(NAMES) + 1)
+        count, end = torch.zeros(len(ids), dtype=torch.long), ids.index(self.tokenizer.eos_token_id)
         mentions, taken = (truth.mentions if truth else ()), set[int]()
         longest_first = sorted(mentions, key=lambda mention: -len(self._ids(mention.term)))
         ends = {term_end(ids, self._ids(mention.term), taken): mention for mention in longest_first}
-        for end, mention in sorted(ends.items()):
-            rows[end:] = share_of(mention)
-        rows[ids.index(self.tokenizer.eos_token_id) :] = 0
-        return rows
+        for index, (at, mention) in enumerate(sorted(ends.items())):
+            rows[at:end] = order[index] = share_of(mention)
+            count[at:] = index + 1
+        return order, rows, count
 
     def _ids(self, term: str) -> list[int]:
         if term not in self._terms:
@@ -132,21 +169,23 @@ class Batches:
         return self._terms[term]
 
 
-def text_loss(hidden: Tensor, ids: Tensor, heads: Heads, targets: tuple[Tensor, Tensor, Tensor], end: int) -> Tensor:
+def text_loss(hidden: Tensor, batch: Batch, heads: Heads, end: int) -> Tensor:
     """Cross entropies at the end of text, at one random position after it, and at the words (see the module)."""
-    places, whole, spoken = targets
-    rows = torch.arange(len(ids))
-    ends = (ids == end).float().argmax(1)
-    later = ends + (torch.rand(len(ids)) * (hidden.shape[1] - ends)).long()
+    cross, rows = nn.functional.cross_entropy, torch.arange(len(batch.ids))
+    ends = (batch.ids == end).float().argmax(1)
+    later = ends + (torch.rand(len(ends)).to(ends.device) * (hidden.shape[1] - ends)).long()
+    named = batch.order.sum(-1) > 0
     total = hidden.new_zeros(())
     for at in (ends, later):
         state = hidden[rows, at]
-        logits = heads.at_places(state).flatten(0, 1)
-        total = total + nn.functional.cross_entropy(logits, places.flatten(0, 1)) * len(PLACES)
+        places = heads.at_places(state).flatten(0, 1)
+        total = total + cross(places, batch.places.flatten(0, 1)) * len(PLACES)
+        total = total + 2 * cross(heads.in_order(state)[named], batch.order[named])
         for index, part in enumerate(heads.of_whole(state)):
-            total = total + nn.functional.cross_entropy(part, whole[:, index])
-    told = spoken.sum(-1) > 0
-    return total / 2 + nn.functional.cross_entropy(heads.spoken(hidden[told]), spoken[told][:, :-1])
+            total = total + cross(part, batch.whole[:, index])
+    told = batch.spoken.sum(-1) > 0
+    total = total / 2 + cross(heads.spoken(hidden[told]), batch.spoken[told][:, :-1])
+    return total + cross(heads.count(hidden).flatten(0, 1), batch.count.flatten())
 
 
 @torch.no_grad()
@@ -180,12 +219,12 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 2) -> CLIP
     trainee = Trainee(both, out / "text.pt", minutes, rate=PEAK_RATE, decay=0.998, weight_decay=0.01)
     batches = Batches(tokenizer, numpy.random.default_rng([seed, trainee.step]))
     for step in trainee:
-        ids, *targets = (part.to(device) for part in batches.draw(BATCH))
-        width = LENGTH if step % 4 == 0 else int((ids != tokenizer.eos_token_id).sum(1).max()) + 3
+        batch = batches.draw(BATCH)
+        longest = int((batch.ids != tokenizer.eos_token_id).sum(1).max())
+        batch = batch.cut(LENGTH if step % 4 == 0 else longest + 3).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            hidden = encoder(ids[:, :width]).last_hidden_state
-        targets[2] = targets[2][:, :width]
-        loss = text_loss(hidden.float(), ids[:, :width], heads, tuple(targets), tokenizer.eos_token_id)
+            hidden = encoder(batch.ids).last_hidden_state
+        loss = text_loss(hidden.float(), batch, heads, tokenizer.eos_token_id)
         trainee.learn(loss)
         if step % 100 == 0:
             print(f"text {step} {trainee.clock.seconds:.0f} s loss {loss.item():.4f}", flush=True)
