@@ -63,7 +63,10 @@ class Method(BaseModel):
 
     @abstractmethod
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
-        """Install the method for one run. Everything changed must go through `seams`."""
+        """Install the method for one run of the scheduler; a call with several of them attaches it as often.
+
+        Everything changed must go through `seams`. State starts here; what has to outlive a run is in `run.kept`.
+        """
 
 
 REGISTERED: dict[str, type[Method]] = {}  # by name, as far as their files were imported

@@ -17,7 +17,7 @@ class Report:
     """Counts of one pipeline call.
 
     Attributes:
-        steps: solver steps taken.
+        steps: solver steps taken, over all runs of the scheduler.
         evaluations: denoiser forwards really executed (full or partial).
         rows: batch rows really evaluated, summed over the evaluations.
         seconds: wall time of the whole pipeline call, text encoders and decoder included.
@@ -108,13 +108,13 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
     """Sum up a run. `completed` says whether the pipeline returned normally."""
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
     return Report(
-        steps=run.clock.step + 1,
+        steps=run.steps,
         evaluations=sum(e.rows > 0 for e in denoiser),
         rows=sum(e.rows for e in denoiser),
         seconds=seconds,
         flops=sum(e.flops for e in run.evaluations),
         flops_plain=round(_plain_flops(run.evaluations) * run.plain_ratio),
-        completed=completed and run.clock.evaluation >= run.clock.total,
+        completed=completed and run.complete,
         recipe=recipe,
         methods=run.counters,
         notes=tuple(run.notes),

@@ -159,19 +159,19 @@ class Clock:
     _entered: int = -1
 
     def restart(self) -> None:
-        """The scheduler got new timesteps: a run begins."""
+        """A run of the scheduler begins."""
         self.evaluation, self.step, self.total, self._entered, self.timestep = 0, -1, 0, -1, None
+
+    def starts_over(self, timestep: float | None) -> bool:
+        """Whether a call at `timestep` is the first of another run through the same timesteps."""
+        return 0 < self.total <= self.evaluation and edm_sigma(self.scheduler, *self._place(timestep)) > self.sigma
 
     def enter(self, timestep: float | None) -> bool:
         """A network is about to be called with `timestep`. Returns True at the first call of an evaluation."""
         if self._entered == self.evaluation:
             return False
         self._entered = self.evaluation
-        if self.timestep is not None:
-            timestep = self.timestep
-        elif not self.scheduler_time or timestep is None:
-            timestep = self._listed_timestep()
-        index = self._index(timestep)
+        timestep, index = self._place(timestep)
         self.total = self.total or self.evaluation + self._remaining(timestep)
         self.sigma = edm_sigma(self.scheduler, timestep, index)
         if bool(getattr(self.scheduler, "state_in_first_order", True)) or self.step < 0:
@@ -188,6 +188,14 @@ class Clock:
     def fraction(self) -> float:
         """Share of the run's evaluations that are done, in [0, 1)."""
         return self.evaluation / self.total
+
+    def _place(self, timestep: float | None) -> tuple[float, int | None]:
+        """The scheduler's timestep of this evaluation and its index, whatever the network gets."""
+        if self.timestep is not None:
+            timestep = self.timestep
+        elif not self.scheduler_time or timestep is None:
+            timestep = self._listed_timestep()
+        return timestep, self._index(timestep)
 
     def _listed_timestep(self) -> float:
         """The scheduler's timestep of this evaluation, for networks that get it in other units or not at all."""
@@ -261,6 +269,9 @@ class RegionCounts:
 class Run:
     """All state of one pipeline call.
 
+    Pipelines may run the scheduler more than once in a call. Then the methods are attached anew for every run of it, so
+    that none starts with what another one left; what is counted adds up.
+
     Attributes:
         clock: the only step counter; methods read it and never count for themselves.
         row_order, calls, sample_name, listed, lengths: the pipeline's convention (pipelines/conventions.py).
@@ -276,6 +287,8 @@ class Run:
         regions: how often each token was computed; None without region sampling.
         notes: sentences for the report (things a user should know, fallbacks included).
         operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
+        kept: what methods keep for the whole call, over the runs of the scheduler.
+        attach_again: takes the methods off and attaches them anew.
     """
 
     clock: Clock
@@ -297,6 +310,10 @@ class Run:
     regions: RegionCounts | None = None
     notes: list[str] = field(default_factory=list)
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    attach_again: Callable[[], None] = lambda: None
+    _earlier_steps: int = 0
+    _earlier_complete: bool = True
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)
@@ -316,6 +333,30 @@ class Run:
         for name, amount in amounts.items():
             counter[name] = counter.get(name, 0) + amount
 
+    @property
+    def steps(self) -> int:
+        """Solver steps of all runs of the scheduler."""
+        return self._earlier_steps + self.clock.step + 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of them went to their last evaluation."""
+        return self._earlier_complete and self.clock.evaluation >= self.clock.total
+
+    def restart(self) -> None:
+        """The scheduler got new timesteps, or begins with the same ones again."""
+        if self.clock.step >= 0:
+            self._earlier_steps, self._earlier_complete = self.steps, self.complete
+            self.attach_again()
+        self.clock.restart()
+
+    def forget(self) -> None:
+        """Nothing is attached, and nothing decided."""
+        self._around.clear()
+        self._planners.clear()
+        self._ordinals.clear()
+        self.guided, self.latched, self.all_latched = True, None, False
+
     def note(self, sentence: str) -> None:
         """Say something in the report, once."""
         if sentence not in self.notes:
@@ -327,9 +368,9 @@ class Run:
         Methods refer to the run and the run to them, so that without this their tensors would wait for the garbage
         collector, which does not know how large they are.
         """
-        self._around.clear()
-        self._planners.clear()
-        self.ledger, self.arguments = FlopLedger(), {}
+        self.forget()
+        self.kept.clear()
+        self.ledger, self.arguments, self.attach_again = FlopLedger(), {}, lambda: None
 
     def skip(self, network: str, call: Call, *tags: Any) -> None:
         """Record a call that the pipeline made and that was answered without running the network."""
@@ -351,9 +392,7 @@ class Run:
                 "one after the other."
             )
         arguments = bind_arguments(type(module), args, kwargs)
-        timestep = arguments.get("timestep")
-        if self.clock.enter(None if timestep is None else float(_first(timestep))):
-            self._begin_evaluation()
+        self._enter(arguments.get("timestep"))
         ordinal = self._ordinals.get(id(module), 0)
         self._ordinals[id(module)] = ordinal + 1
         if self.sample_name in self.listed:
@@ -371,6 +410,13 @@ class Run:
             execute = functools.partial(_through, function, execute)
         output = execute(call)
         return map_output(output, _unstack) if self.sample_name in self.listed else output
+
+    def _enter(self, timestep: Any) -> None:
+        time = None if timestep is None else float(_first(timestep))
+        if self.clock.starts_over(time):
+            self.restart()
+        if self.clock.enter(time):
+            self._begin_evaluation()
 
     def _begin_evaluation(self) -> None:
         self._ordinals.clear()

@@ -46,6 +46,10 @@ class Seams:
     ) -> None:
         self._undo.__exit__(kind, error, trace)
 
+    def close(self) -> None:
+        """Take all changes back; more may follow."""
+        self._undo.close()
+
     def claim(self, owners: Sequence[Any]) -> None:
         """Take objects for one run, all or none of them, before anything on them is changed.
 

@@ -90,9 +90,8 @@ class AcceleratedPipeline:
                 run.arguments = _by_name(self.pipe, *arguments)
                 if convention.images is not None:
                     run.images = convention.images(run.arguments)
-                if self.attention_kernel != "sdpa":
-                    use_kernel(self.attention_kernel, model, run)
-                _attach(model, methods, run, seams)
+                _bracket(model, run, seams)
+                _Attachment(model, methods, self.attention_kernel, run).hold(seams)
                 result = self.pipe(*arguments[0], **arguments[1])
             completed = True
         finally:
@@ -179,21 +178,47 @@ def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return given
 
 
-def _attach(model: ModelMap, methods: list[Method], run: Run, seams: Seams) -> None:
-    """Install clock, network seams and methods, inner layers first so that outer ones wrap them."""
+def _bracket(model: ModelMap, run: Run, seams: Seams) -> None:
+    """Let the clock and the number of images follow the pipeline."""
     scheduler = model.pipe.scheduler
-    seams.wrap_method(scheduler, "set_timesteps", functools.partial(_then, run.clock.restart))
+    seams.wrap_method(scheduler, "set_timesteps", functools.partial(_then, run.restart))
     seams.wrap_method(scheduler, "step", functools.partial(_then, run.clock.advance))
     if hasattr(scheduler, "scale_model_input"):
         seams.wrap_method(scheduler, "scale_model_input", functools.partial(_note_timestep, run.clock))
     if hasattr(model.pipe, "prepare_latents"):
         seams.wrap_method(model.pipe, "prepare_latents", functools.partial(_note_images, run))
-    for method in reversed(methods):
-        method.attach(model, run, seams)
-    for denoiser, _ in model.denoisers:
-        _stand_around(model, "denoiser", denoiser, run, seams)
-    for net, _ in model.controlnets:
-        _stand_around(model, "controlnet", net, run, seams)
+
+
+class _Attachment:
+    """The methods around the networks of a call, attached anew for every run of its scheduler."""
+
+    def __init__(self, model: ModelMap, methods: list[Method], kernel: str, run: Run) -> None:
+        self.model, self.methods, self.kernel, self.run = model, methods, kernel, run
+        self.seams = Seams()
+
+    def hold(self, seams: Seams) -> None:
+        """Attach until `seams` close."""
+        seams.on_close(self.seams.close)
+        self.run.attach_again = self.renew
+        self.attach()
+
+    def renew(self) -> None:
+        """Take the methods off with all they know, and attach them again."""
+        self.seams.close()
+        self.run.forget()
+        self.attach()
+
+    def attach(self) -> None:
+        """Install methods and network seams, inner layers first so that outer ones wrap them."""
+        model, run = self.model, self.run
+        if self.kernel != "sdpa":
+            use_kernel(self.kernel, model, run)
+        for method in reversed(self.methods):
+            method.attach(model, run, self.seams)
+        for denoiser, _ in model.denoisers:
+            _stand_around(model, "denoiser", denoiser, run, self.seams)
+        for net, _ in model.controlnets:
+            _stand_around(model, "controlnet", net, run, self.seams)
 
 
 def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: Seams) -> None:

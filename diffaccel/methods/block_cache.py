@@ -172,6 +172,7 @@ class BlockCache(Method):
             for network, layout in model.denoisers
         }
         plan = _Plan(self, caches, [AdapterProbe(network) for network, _ in model.denoisers], run)
+        seams.on_close(partial(setattr, run, "ledger", run.ledger))
         run.ledger = _OutcomeLedger(run.ledger, plan)
         run.before_evaluation(Layer.SKIP, plan.begin)
         run.around("denoiser", Layer.SKIP, plan.around)

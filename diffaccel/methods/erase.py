@@ -81,7 +81,7 @@ class Erase(Method):
         found = sites(network, self._plan(edit))
         for module, site in found.items():
             seams.replace_forward(module, functools.partial(_reader, site))
-        run.count(self.name, projections=len(edit.modules), concepts=len(edit.concepts))
+        run.counters[self.name] = {"projections": len(edit.modules), "concepts": len(edit.concepts)}
 
     def _plan(self, edit: Edit) -> dict[str, list[LowRank]]:
         plan = {inside(name): maps for name, maps in maps_of([edit]).items()}

@@ -89,7 +89,9 @@ class NormalizedAttentionGuidance(Method):
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         self.check(model)  # adapters may have come since the pipeline was wrapped
         network, layout = model.denoisers[0]
-        text = Negative(self.name, self.negative_prompt, model.pipe, run, negative_text(self.name, network, layout))
+        where = negative_text(self.name, network, layout)
+        # kept, because a pipeline encodes its prompt once for all runs of the scheduler, or before the next one begins
+        text = run.kept.setdefault(self.name, Negative(self.name, self.negative_prompt, model.pipe, run, where))
         seams.wrap_method(model.pipe, "encode_prompt", text.encode)
         joint = joint_sites(self.name, network)
         guided: _Guided

@@ -190,8 +190,11 @@ class _Sparse:
                 evaluation.flops -= times * shape.listed_flops(rows) - 4 * shape.size * pairs
                 visited += 4 * shape.size * pairs
                 dense += times * shape.dense_flops(rows)
-        if dense:
-            self.run.counters[self.config.name]["density"] = f"{visited / dense:.3f}"
+        totals = self.run.kept.setdefault(self.config.name, [0, 0])
+        totals[0] += visited
+        totals[1] += dense
+        if totals[1]:
+            self.run.counters[self.config.name]["density"] = f"{totals[0] / totals[1]:.3f}"
         elif self.run.clock.total <= self.config.start:
             self.run.note(
                 f"{self.config.name}: all {self.run.clock.total} evaluations are dense (start={self.config.start})."

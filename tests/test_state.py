@@ -1,0 +1,156 @@
+"""State belongs to one run of the scheduler and to one thread, and is used only where it came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import tiny_transformers
+from tiny import tiny_inputs, tiny_pipeline
+
+import diffaccel
+from diffaccel import (
+    AdaptiveGuidance,
+    BlockCache,
+    Forecast,
+    GuidanceInterval,
+    NormalizedAttentionGuidance,
+    RegionSampling,
+    ResidualCache,
+    SkipCache,
+    SparseAttention,
+    StepReuse,
+    TokenMerging,
+)
+
+STEPS = 12
+
+
+# --- several runs of the scheduler in one call ---
+
+
+class Variations:
+    """A user's pipeline: one picture for each seed, one after the other, as low memory asks for."""
+
+    @torch.no_grad()
+    def __call__(self, seeds=(0, 1), **arguments):
+        plain = super().__call__
+        pictures = [plain(**arguments | {"generator": torch.Generator().manual_seed(seed)})[0] for seed in seeds]
+        return [torch.as_tensor(picture[0]).float() for picture in pictures]
+
+
+def varying(pipe):
+    pipe.__class__ = type("Variations", (Variations, type(pipe)), {})
+    return pipe
+
+
+SD = [
+    [SkipCache(interval=4, full_last=0)],
+    [Forecast(full_first=1)],
+    [AdaptiveGuidance(threshold=0.9)],
+    [AdaptiveGuidance(threshold=0.9), SkipCache(interval=4)],
+    [GuidanceInterval(low=1.0, high=8.0)],
+    [StepReuse(threshold=1e9, max_skips=2)],
+    [TokenMerging(min_tokens=1, matcher="importance")],
+    [TokenMerging(min_tokens=1, reuse=5)],
+    [NormalizedAttentionGuidance()],
+]
+TRANSFORMERS = [
+    ("sd3", RegionSampling(starvation=1)),
+    ("sd3", ResidualCache(interval=5)),
+    ("sd3", Forecast(interval=5)),
+    ("sd3", SparseAttention(min_tokens=1, keep=0.01, reuse=9)),
+    ("flux-cfg", BlockCache(threshold=0.4)),
+    ("flux-cfg", BlockCache(kind="pyramid")),
+    ("flux-cfg", BlockCache(kind="dual_block", first_blocks=1, threshold=0.4)),
+]
+
+
+def check_runs(fast, inputs):
+    """The second picture is what it is alone, and all is counted twice."""
+    (first,) = fast(seeds=(0,), **inputs)
+    counts = [fast.report]
+    (second,) = fast(seeds=(1,), **inputs)
+    counts.append(fast.report)
+    both = fast(seeds=(0, 1), **inputs)
+    report = fast.report
+    assert torch.equal(both[0], first)
+    assert torch.equal(both[1], second)
+    assert report.completed
+    for name in ("steps", "evaluations", "rows", "flops", "flops_plain"):
+        assert getattr(report, name) == sum(getattr(alone, name) for alone in counts), name
+    return counts, report
+
+
+@pytest.mark.parametrize("recipe", SD, ids=lambda recipe: "+".join(method.name for method in recipe))
+def test_a_second_run_of_the_scheduler_starts_anew(recipe):
+    pipe = varying(tiny_pipeline("sd"))
+    inputs = tiny_inputs("sd", steps=STEPS) | {"guidance_scale": 1.0 if "attention" in recipe[0].name else 5.0}
+    del inputs["generator"]
+    fast = diffaccel.wrap(pipe, recipe)
+    counts, report = check_runs(fast, inputs)
+    assert report.methods == {
+        name: {
+            key: sum(alone.methods[name].get(key, 0) for alone in counts) if isinstance(value, int) else value
+            for key, value in counter.items()
+        }
+        for name, counter in report.methods.items()
+    }
+    assert not torch.equal(fast(seeds=(1,), **inputs)[0], pipe(seeds=(1,), **inputs)[0])  # it does something
+
+
+@pytest.mark.parametrize(("kind", "method"), TRANSFORMERS, ids=lambda value: getattr(value, "name", value))
+def test_a_second_run_of_a_transformer_starts_anew(kind, method):
+    pipe = varying(tiny_transformers.tiny_pipeline(kind))
+    inputs = tiny_transformers.tiny_inputs(kind, steps=STEPS)
+    del inputs["generator"]
+    fast = diffaccel.wrap(pipe, [method])
+    check_runs(fast, inputs)
+    assert not torch.equal(fast(seeds=(1,), **inputs)[0], pipe(seeds=(1,), **inputs)[0])
+
+
+class Twice:
+    """Goes through the timesteps once more without setting them again, which stateless schedulers allow."""
+
+    @torch.no_grad()
+    def __call__(self, seeds=(0, 1), steps=STEPS, text=None):
+        self.scheduler.set_timesteps(steps)
+        pictures = []
+        for seed in seeds:
+            latents = self.prepare_latents(1, 4, 32, 32, torch.float32, "cpu", torch.Generator().manual_seed(seed))
+            for t in self.scheduler.timesteps:
+                prediction = self.unet(latents, t, encoder_hidden_states=text).sample
+                latents = self.scheduler.step(prediction, t, latents).prev_sample
+            pictures.append(latents)
+        return pictures
+
+
+def test_timesteps_that_are_used_again_are_another_run():
+    pipe = tiny_pipeline("sd")
+    pipe.__class__ = type("TwicePipeline", (Twice, type(pipe)), {})
+    text = torch.ones(1, 5, 16)
+    fast = diffaccel.wrap(pipe, [SkipCache(interval=4, full_last=0)])
+    alone = fast(seeds=(1,), text=text)[0]
+    counts = fast.report.methods["skip_cache"]
+    both = fast(seeds=(0, 1), text=text)
+    assert torch.equal(both[1], alone)
+    assert fast.report.steps == 2 * STEPS
+    assert fast.report.completed
+    assert fast.report.methods["skip_cache"] == {name: 2 * count for name, count in counts.items()}
+
+
+def test_a_run_that_was_broken_off_is_not_complete():
+    """The first picture is given up after three steps, the second one is made."""
+    pipe = varying(tiny_pipeline("sd"))
+    inputs = tiny_inputs("sd", steps=STEPS)
+    del inputs["generator"]
+    seen = []
+
+    def give_up(pipe, index, t, tensors):
+        seen.append(index)
+        pipe._interrupt = len(seen) == 3
+        return {}
+
+    fast = diffaccel.wrap(pipe, [SkipCache()])
+    fast(**inputs, callback_on_step_end=give_up)
+    assert fast.report.steps == 3 + STEPS
+    assert not fast.report.completed
