@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 
-from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.noise import edm_sigma
 
@@ -317,7 +315,6 @@ class Run:
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)
-    _thread: int = field(default_factory=threading.get_ident)
 
     def around(self, network: str, layer: Layer, function: Around) -> None:
         """Put `function(call, proceed)` around every call of `network` ("denoiser" or "controlnet")."""
@@ -381,16 +378,7 @@ class Run:
     def handle(
         self, network: str, module: Any, original: Forward, batched: frozenset[str], args: Any, kwargs: Any
     ) -> Any:
-        """One network call from the pipeline, through all methods, to the original forward.
-
-        Raises:
-            Unsupported: it comes from another thread, whose call would be mixed up with this one.
-        """
-        if threading.get_ident() != self._thread:
-            raise Unsupported(
-                f"this {type(module).__name__} is inside an accelerated call of another thread; make calls on one network "
-                "one after the other."
-            )
+        """One network call from the pipeline, through all methods, to the original forward."""
         arguments = bind_arguments(type(module), args, kwargs)
         self._enter(arguments.get("timestep"))
         ordinal = self._ordinals.get(id(module), 0)

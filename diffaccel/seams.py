@@ -8,6 +8,8 @@ Facts this file relies on (checked against diffusers 0.42 and accelerate 1.15):
 - accelerate's offload hooks also live in the instance attribute `forward`. `enable_model_cpu_offload` is run again at
   the end of each pipeline call and rebuilds that attribute from `_old_forward`; a replacement that is gone by then must
   not be "restored", or the old hook would come back.
+- A network may be inside a stock call of another thread when a run attaches to it, or get one meanwhile; whatever replaces
+  a function here lets other threads through to the function before it (`_InThread`).
 - `retrieve_timesteps` and `prepare_extra_step_kwargs` inspect the signatures of `set_timesteps` and `step`, so
   replacements there carry the original's signature (`functools.wraps`).
 """
@@ -68,8 +70,16 @@ class Seams:
             for owner in owners:
                 self.replace(owner, _CLAIM, True)
 
-    def replace_forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace `module.forward` by `make(current forward)`.
+    def replace_forward(
+        self,
+        module: nn.Module,
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+        passed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Replace `module.forward` by `make(current forward)`, for calls from this thread.
+
+        Args:
+            passed: called when another thread has called the module meanwhile.
 
         Raises:
             Unsupported: the whole module is compiled, so a Python replacement would be traced into its graph.
@@ -79,7 +89,27 @@ class Seams:
                 f"{type(module).__name__} is compiled as a whole; compile its repeated blocks instead "
                 f"(pipe.unet.compile_repeated_blocks())."
             )
-        self.replace(module, "forward", make(module.forward))
+        self.replace(module, "forward", _InThread(make(module.forward), module.forward, passed).call)
+
+    def replace_compiled(self, block: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace a compiled block's call by `make(compiled call)`, for calls from this thread."""
+        compiled: Any = block._compiled_call_impl
+        self.replace(block, "_compiled_call_impl", _InThread(make(compiled), compiled).call)
+
+    def stand_aside(self, network: nn.Module) -> None:
+        """Let other threads run the compiled blocks of a network uncompiled: graphs cannot tell threads apart."""
+        for block in network.modules():
+            compiled: Any = getattr(block, "_compiled_call_impl", None)
+            if compiled is not None:
+                self.replace(block, "_compiled_call_impl", _InThread(compiled, block._call_impl).call)
+
+    def let_others_through(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Keep what others put in place of `forward` for this thread, and let all other threads call `forward`."""
+        self.replace(module, "forward", _InThread(module.forward, forward).call)
+
+    def replace_blocks(self, network: nn.Module, name: str, blocks: Sequence[nn.Module]) -> None:
+        """Hide the list of blocks `network.name` behind another one, for this thread."""
+        self.replace(network, name, _BlocksInThread(blocks, getattr(network, name)))
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` as an instance attribute; undone only if it is still ours when the run ends."""
@@ -89,18 +119,60 @@ class Seams:
         object.__setattr__(owner, name, value)
 
     def wrap_method(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Replace the method `owner.name` by `around(original, *args, **kwargs)`, keeping its signature visible."""
+        """Replace the method `owner.name` by `around(original, *args, **kwargs)`, for calls from this thread.
+
+        The signature stays visible.
+        """
         original = getattr(owner, name)
+        ours = _InThread(functools.partial(around, original), original)
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
+            return ours.call(*args, **kwargs)
 
         self.replace(owner, name, wrapped)
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the run ends, in reverse order with the other undo steps."""
         self._undo.callback(callback)
+
+
+class _InThread:
+    """A function for the thread that made this, another one for all others.
+
+    A bound method of one shared function stands in place of the original, so that compiled blocks share their graphs.
+    """
+
+    def __init__(
+        self, ours: Callable[..., Any], others: Callable[..., Any], passed: Callable[[], None] = lambda: None
+    ) -> None:
+        self.ours, self.others, self.passed, self.thread = ours, others, passed, threading.get_ident()
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The function of the calling thread."""
+        # while a graph is traced: `stand_aside` keeps other threads away from it
+        if torch.compiler.is_compiling() or threading.get_ident() == self.thread:
+            return self.ours(*args, **kwargs)
+        self.passed()
+        return self.others(*args, **kwargs)
+
+
+class _BlocksInThread(nn.ModuleList):
+    """Blocks for the thread that made this, others for all others."""
+
+    def __init__(self, ours: Sequence[nn.Module], others: nn.ModuleList) -> None:
+        object.__setattr__(self, "_thread", threading.get_ident())  # which the list's own __init__ asks for
+        super().__init__(ours)
+        self._others = [others]  # in a list: they are no children of this one
+
+    def __iter__(self) -> Any:
+        return super().__iter__() if threading.get_ident() == self._thread else iter(self._others[0])
+
+    def __len__(self) -> int:
+        return super().__len__() if threading.get_ident() == self._thread else len(self._others[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index) if threading.get_ident() == self._thread else self._others[0][index]
 
 
 class Addition:

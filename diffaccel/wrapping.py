@@ -213,6 +213,8 @@ class _Attachment:
         model, run = self.model, self.run
         if self.kernel != "sdpa":
             use_kernel(self.kernel, model, run)
+        for network in _networks(model):
+            self.seams.stand_aside(network)
         for method in reversed(self.methods):
             method.attach(model, run, self.seams)
         for denoiser, _ in model.denoisers:
@@ -230,7 +232,10 @@ def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: S
 
         return forward
 
-    seams.replace_forward(module, make)
+    def passed() -> None:
+        run.note(f"another thread called this {type(module).__name__} meanwhile; that call ran without the recipe.")
+
+    seams.replace_forward(module, make, passed)
 
 
 def _then(after: Any, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
-import torch
 import tiny_transformers
+import torch
 from tiny import tiny_inputs, tiny_pipeline
 
 import diffaccel
@@ -18,7 +20,9 @@ from diffaccel import (
     ResidualCache,
     SkipCache,
     SparseAttention,
+    SparseCrossAttention,
     StepReuse,
+    TokenDownsampling,
     TokenMerging,
 )
 
@@ -39,7 +43,7 @@ class Variations:
 
 
 def varying(pipe):
-    pipe.__class__ = type("Variations", (Variations, type(pipe)), {})
+    pipe.__class__ = type(f"{type(pipe).__name__}Variations", (Variations, type(pipe)), {})
     return pipe
 
 
@@ -58,7 +62,7 @@ TRANSFORMERS = [
     ("sd3", RegionSampling(starvation=1)),
     ("sd3", ResidualCache(interval=5)),
     ("sd3", Forecast(interval=5)),
-    ("sd3", SparseAttention(min_tokens=1, keep=0.01, reuse=9)),
+    ("sd3", SparseAttention(min_tokens=1, keep=0.3, reuse=9)),
     ("flux-cfg", BlockCache(threshold=0.4)),
     ("flux-cfg", BlockCache(kind="pyramid")),
     ("flux-cfg", BlockCache(kind="dual_block", first_blocks=1, threshold=0.4)),
@@ -100,8 +104,9 @@ def test_a_second_run_of_the_scheduler_starts_anew(recipe):
 
 @pytest.mark.parametrize(("kind", "method"), TRANSFORMERS, ids=lambda value: getattr(value, "name", value))
 def test_a_second_run_of_a_transformer_starts_anew(kind, method):
+    size = (24, 24) if isinstance(method, SparseAttention) else (8, 8)  # there has to be more than one block of keys
     pipe = varying(tiny_transformers.tiny_pipeline(kind))
-    inputs = tiny_transformers.tiny_inputs(kind, steps=STEPS)
+    inputs = tiny_transformers.tiny_inputs(kind, steps=STEPS, size=size)
     del inputs["generator"]
     fast = diffaccel.wrap(pipe, [method])
     check_runs(fast, inputs)
@@ -154,3 +159,106 @@ def test_a_run_that_was_broken_off_is_not_complete():
     fast(**inputs, callback_on_step_end=give_up)
     assert fast.report.steps == 3 + STEPS
     assert not fast.report.completed
+
+
+# --- threads ---
+
+
+class Elsewhere:
+    """A stock call of a network in another thread, which waits inside until it is let go.
+
+    Attributes:
+        output: its prediction.
+    """
+
+    def __init__(self, network, part, arguments):
+        self.network, self.arguments, self.output = network, arguments, None
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._call)
+        self.hook = part.register_forward_hook(self._wait)
+
+    def _wait(self, *_):
+        if threading.current_thread() is self.thread:
+            self.inside.set()
+            self.go_on.wait(60)
+
+    def _call(self):
+        with torch.no_grad():
+            self.output = self.network(**self.arguments).sample
+
+    def start(self):
+        self.thread.start()
+        assert self.inside.wait(60)
+
+    def finish(self):
+        self.go_on.set()
+        self.thread.join(60)
+        self.hook.remove()
+        return self.output
+
+
+UNET = {
+    "sample": torch.ones(2, 4, 16, 16),
+    "timestep": torch.tensor(500),
+    "encoder_hidden_states": torch.ones(2, 5, 16),
+}
+THREADED = [
+    ("sd", SkipCache(interval=3)),
+    ("sd", TokenMerging(min_tokens=1)),
+    ("sd", TokenDownsampling(min_tokens=1)),
+    ("sd", SparseCrossAttention()),
+    ("sd", NormalizedAttentionGuidance()),
+    ("sd3", RegionSampling()),
+    ("sd3", ResidualCache()),
+    ("sd3", TokenMerging(min_tokens=1)),
+    ("flux-cfg", BlockCache(threshold=0.4)),
+    ("flux-cfg", BlockCache(kind="taylor")),
+    ("flux-cfg", BlockCache(kind="pyramid")),
+    ("flux-cfg", BlockCache(kind="dual_block", first_blocks=1, threshold=0.4)),
+]
+
+
+def threaded(kind, method):
+    """A pipeline, how it is called, and a stock call of its network with the module inside which that waits."""
+    tiny_family = tiny_transformers if kind in tiny_transformers.KINDS else None
+    if tiny_family is None:
+        pipe, inputs = tiny_pipeline("sd"), tiny_inputs("sd", steps=STEPS)
+        inputs["guidance_scale"] = 1.0 if isinstance(method, NormalizedAttentionGuidance) else 5.0
+        return pipe, inputs, pipe.unet, pipe.unet.conv_in, UNET
+    pipe, inputs = tiny_family.tiny_pipeline(kind), tiny_family.tiny_inputs(kind, steps=STEPS)
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, a, k: seen.append(k), with_kwargs=True)
+    pipe(**inputs)
+    hook.remove()
+    embed = pipe.transformer.pos_embed if kind == "sd3" else pipe.transformer.x_embedder
+    return pipe, inputs, pipe.transformer, embed, {**seen[0], "return_dict": True}
+
+
+@pytest.mark.parametrize(("kind", "method"), THREADED, ids=lambda value: getattr(value, "name", value))
+def test_other_threads_pass_untouched(kind, method):
+    """A stock call that is inside the network when the accelerated one starts, and one that comes later."""
+    pipe, inputs, network, part, arguments = threaded(kind, method)
+    fast = diffaccel.wrap(pipe, [method])
+    earlier, later = Elsewhere(network, part, arguments), Elsewhere(network, part, arguments)
+    got = []
+
+    def callback(pipe, index, t, tensors):
+        if index == 3:
+            got.append(earlier.finish())
+            later.start()
+        if index == 7:
+            got.append(later.finish())
+        return {}
+
+    def picture(**more):
+        generator = [torch.Generator().manual_seed(0)]
+        return torch.as_tensor(fast(**inputs | more | {"generator": generator})[0])
+
+    want = picture()
+    with torch.no_grad():
+        stock = network(**arguments).sample
+    earlier.start()
+    assert torch.equal(picture(callback_on_step_end=callback), want)
+    assert torch.equal(got[0], stock)
+    assert torch.equal(got[1], stock)
+    assert sum("another thread" in note for note in fast.report.notes) == 1

@@ -210,10 +210,8 @@ def check_part(name: str, layout: TransformerLayout, keep_first: int, keep_last:
 def replace_call(module: nn.Module, make: Callable[[Forward], Forward], seams: Seams) -> None:
     """Stand around a module, outside of its graph if it is compiled."""
     compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is None:
-        seams.replace_forward(module, make)
-    else:
-        seams.replace(module, "_compiled_call_impl", make(compiled))
+    replace = seams.replace_forward if compiled is None else seams.replace_compiled
+    replace(module, make)
 
 
 def _step_over(block: nn.Module, outputs: tuple[str, ...], store: _Switch, seams: Seams) -> None:

@@ -341,11 +341,14 @@ def _install(config: BlockCache, network: Any, layout: Any, seams: Seams) -> _Ca
     watch = _Watch(modules[1:] if config.kind == "first_block" else modules, seams)
     allowed = [False]
     settings = _diffusers_config(config, network, allowed)
+    forwards = [(module, module.forward) for module in modules]
     seams.on_close(partial(_disable, network, settings))
     network.enable_cache(settings)
     hooks = [(m, hook) for m in network.modules() for hook in _own_hooks(config.kind, m)]
     if {id(m) for m, _ in hooks} != {id(m) for m in modules}:
         raise Unsupported(f"block_cache: this version of diffusers hooks other parts of {type(network).__name__}.")
+    for module, forward in forwards:
+        seams.let_others_through(module, forward)
     return _Cache(network, settings, [hook for _, hook in hooks], watch, allowed)
 
 

@@ -74,9 +74,9 @@ def install(config: BlockCache, pipe: Any, network: nn.Module, seams: Seams) -> 
     wrappers = _wrap(network, stacks)
     for found, wrapper in zip(stacks, wrappers, strict=True):
         # the attribute hides the child of the same name, which stays where it is with all its parameters
-        seams.replace(network, found.lists[0], nn.ModuleList([wrapper]))
+        seams.replace_blocks(network, found.lists[0], [wrapper])
         for emptied in found.lists[1:]:
-            seams.replace(network, emptied, nn.ModuleList())
+            seams.replace_blocks(network, emptied, [])
     cache = DualBlockCache(type(network).__name__, wrappers, StackWatch(wrappers))
     seams.on_close(cache.release)
     return cache
