@@ -28,12 +28,14 @@ class ModelMap:
         convention: how the pipeline calls its networks (pipelines/).
         denoisers: the networks that predict, with their layouts; more than one if they take turns (Wan 2.2).
         controlnets: networks beside them, each with the layout of its encoder if that is known.
+        group: the module that calls them one after the other, if there are several.
     """
 
     pipe: Any
     convention: Convention
     denoisers: tuple[tuple[nn.Module, Layout], ...]
     controlnets: tuple[tuple[nn.Module, UNetLayout | None], ...]
+    group: nn.Module | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -83,8 +85,9 @@ def describe(pipe: Any) -> ModelMap:
     denoisers = tuple((network, _describe_denoiser(network)) for _, network in found if network is not None)
     if not denoisers:
         raise Unsupported(f"this {type(pipe).__name__} has no {convention.denoiser}.")
-    nets = _controlnets(getattr(pipe, "controlnet", None))
-    return ModelMap(pipe, convention, denoisers, tuple((net, describe_controlnet(net)) for net in nets))
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = tuple((net, describe_controlnet(net)) for net in _controlnets(controlnet))
+    return ModelMap(pipe, convention, denoisers, nets, controlnet if hasattr(controlnet, "nets") else None)
 
 
 def _describe_denoiser(network: nn.Module) -> Layout:

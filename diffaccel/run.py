@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -138,6 +139,7 @@ class Clock:
     Attributes:
         planned: how many timesteps the pipeline says it will visit; it may stop before the end of the scheduler's list.
         scheduler_time: whether networks get their timestep in the scheduler's units.
+        lowest: timesteps below this one are in the scheduler's list and will not be visited.
         evaluation: scheduler.step calls finished so far.
         step: solver steps begun so far minus one; two-stage solvers (Heun, KDPM2) have two evaluations per step.
         total: evaluations this run will have; known from the first evaluation on.
@@ -148,6 +150,7 @@ class Clock:
     scheduler: Any
     planned: Callable[[], int | None] = lambda: None
     scheduler_time: bool = True
+    lowest: float = -math.inf
     evaluation: int = 0
     step: int = -1
     total: int = 0
@@ -214,7 +217,8 @@ class Clock:
         return self._position(timestep) if index is None else index
 
     def _remaining(self, timestep: float) -> int:
-        listed = len(self.scheduler.timesteps) - self._position(timestep)
+        ahead = torch.as_tensor(self.scheduler.timesteps)[self._position(timestep) :]
+        listed = int((ahead >= self.lowest).sum())
         planned = self.planned()
         return listed if planned is None else min(listed, planned)
 
@@ -277,6 +281,8 @@ class Run:
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
         guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
+        guided_before: the same of the last evaluation; True if it had no unconditional rows to drop.
+        has_guidance: False if it had none.
         latched: (images,) bool, images whose guidance has ended for the rest of the run; None if no method decides that.
         all_latched: True once all have, from when on the unconditional rows are dropped for good.
         plain_ratio: evaluations of the plain call over evaluations of this one (schedule methods change it).
@@ -300,6 +306,8 @@ class Run:
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
     guided: bool = True
+    guided_before: bool = True
+    has_guidance: bool = True
     latched: torch.Tensor | None = None
     all_latched: bool = False
     plain_ratio: float = 1.0
@@ -314,11 +322,17 @@ class Run:
     _earlier_complete: bool = True
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
+    _watchers: list[Callable[[Call], None]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)
+    _branches_seen: set[str] = field(default_factory=set)
 
     def around(self, network: str, layer: Layer, function: Around) -> None:
         """Put `function(call, proceed)` around every call of `network` ("denoiser" or "controlnet")."""
         self._around.setdefault(network, []).append((layer, function))
+
+    def before_controlnets(self, function: Callable[[Call], None]) -> None:
+        """Call `function(call)` with the inputs of all ControlNets before the first of several is called."""
+        self._watchers.append(function)
 
     def before_evaluation(self, layer: Layer, function: Callable[[], None]) -> None:
         """Call `function()` when the first network of an evaluation is called, outer layers first."""
@@ -351,8 +365,10 @@ class Run:
         """Nothing is attached, and nothing decided."""
         self._around.clear()
         self._planners.clear()
+        self._watchers.clear()
         self._ordinals.clear()
         self.guided, self.latched, self.all_latched = True, None, False
+        self.guided_before, self.has_guidance, self._branches_seen = True, True, set()
 
     def note(self, sentence: str) -> None:
         """Say something in the report, once."""
@@ -380,6 +396,8 @@ class Run:
     ) -> Any:
         """One network call from the pipeline, through all methods, to the original forward."""
         arguments = bind_arguments(type(module), args, kwargs)
+        if self.row_order == ("cond",):  # these pipelines go through their pictures in batches of their own
+            self.images = len(arguments[self.sample_name])
         self._enter(arguments.get("timestep"))
         ordinal = self._ordinals.get(id(module), 0)
         self._ordinals[id(module)] = ordinal + 1
@@ -393,11 +411,21 @@ class Run:
             sample_name=self.sample_name,
             listed=self.listed,
         )
+        self._branches_seen.update(call.branches)
         execute = functools.partial(self._execute, network, original, call.rows)
         for _, function in sorted(self._around.get(network, []), key=lambda item: item[0], reverse=True):
             execute = functools.partial(_through, function, execute)
         output = execute(call)
         return map_output(output, _unstack) if self.sample_name in self.listed else output
+
+    def announce(self, group: Any, original: Forward, *args: Any, **kwargs: Any) -> Any:
+        """A call of several ControlNets one after the other."""
+        arguments = bind_arguments(type(group), args, kwargs)
+        self._enter(arguments.get("timestep"))
+        call = Call(arguments, frozenset(), lane=(id(group), 0), sample_name=self.sample_name)
+        for function in self._watchers:
+            function(call)
+        return original(*args, **kwargs)
 
     def _enter(self, timestep: Any) -> None:
         time = None if timestep is None else float(_first(timestep))
@@ -408,11 +436,15 @@ class Run:
 
     def _begin_evaluation(self) -> None:
         self._ordinals.clear()
-        self.guided = True
+        self.has_guidance = self._branches_seen != {"cond"}
+        self.guided_before = self.guided or not self.has_guidance
+        self.guided, self._branches_seen = True, set()
         for _, function in sorted(self._planners, key=lambda item: item[0]):
             function()
 
     def _branches(self, network: str, rows: int, ordinal: int) -> tuple[str, ...]:
+        if self.row_order == ("cond",):
+            return ("cond",)
         if self.images is None:
             return ()
         if self.calls == "separate":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from diffaccel.attention_calls import check_kernel, use_kernel
@@ -88,6 +89,7 @@ class AcceleratedPipeline:
                 seams.claim([*_networks(model), self.pipe.scheduler])
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
                 run.arguments = _by_name(self.pipe, *arguments)
+                clock.lowest = _lowest_timestep(self.pipe, run.arguments)
                 if convention.images is not None:
                     run.images = convention.images(run.arguments)
                 _bracket(model, run, seams)
@@ -178,6 +180,15 @@ def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return given
 
 
+def _lowest_timestep(pipe: Any, arguments: Mapping[str, Any]) -> float:
+    """Below this the pipeline hands over (`denoising_end`); some note the length of their list before they cut it."""
+    end = arguments.get("denoising_end")
+    if not isinstance(end, float) or not 0 < end < 1:
+        return -math.inf
+    trained: int = pipe.scheduler.config.num_train_timesteps
+    return round(trained - end * trained)
+
+
 def _bracket(model: ModelMap, run: Run, seams: Seams) -> None:
     """Let the clock and the number of images follow the pipeline."""
     scheduler = model.pipe.scheduler
@@ -221,6 +232,8 @@ class _Attachment:
             _stand_around(model, "denoiser", denoiser, run, self.seams)
         for net, _ in model.controlnets:
             _stand_around(model, "controlnet", net, run, self.seams)
+        if model.group is not None:
+            self.seams.replace_forward(model.group, functools.partial(functools.partial, run.announce, model.group))
 
 
 def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: Seams) -> None:

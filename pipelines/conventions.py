@@ -21,7 +21,8 @@ class Convention:
         sample: argument of the denoiser with the noisy latents.
         calls: "stacked": one call with the guidance branches stacked along the batch; "separate": one call per branch,
             conditional first.
-        row_order: guidance branches in the order they are stacked along the batch.
+        row_order: guidance branches in the order they are stacked along the batch; ("cond",) for families without
+            classifier-free guidance, whose calls hold some of the pictures at a time.
         batched: arguments of the denoiser and ControlNet that have one row per batch row.
         listed: arguments that are lists with one entry per batch row. If `sample` is among them, so is the prediction.
         lengths: masks whose number of ones, not only whose shape, decides how much the network computes.
@@ -29,6 +30,7 @@ class Convention:
         prediction_sign: -1 if the pipeline negates the prediction before the scheduler sees it.
         images: number of pictures from the pipeline call's arguments, for pipelines without `prepare_latents`.
         pipelines: class names; base classes count too.
+        mixins: names of base classes that decide, whatever the other ones are.
         schedule: key of the published timestep lists in diffusers' `AysSchedules` that fit this family.
         default_depth: depth at which a skip cache starts, chosen by the FLOP shares of the family.
         refusal: if set, the family is not supported and this is the reason.
@@ -47,6 +49,7 @@ class Convention:
     prediction_sign: int = 1
     images: Callable[[Mapping[str, Any]], int] | None = None
     pipelines: tuple[str, ...] = ()
+    mixins: tuple[str, ...] = ()
     schedule: str | None = None
     default_depth: int = 0
     refusal: str | None = None

@@ -50,15 +50,6 @@ def _family(name: str, *pipelines: str, **facts: object) -> Convention:
 
 CONVENTIONS = (
     _family(
-        "perturbed-attention transformers",
-        "StableDiffusion3PAGPipeline",
-        "StableDiffusion3PAGImg2ImgPipeline",
-        "PixArtSigmaPAGPipeline",
-        "HunyuanDiTPAGPipeline",
-        "SanaPAGPipeline",
-        refusal="it adds a third, perturbed branch whose attention processors would be cached with the others.",
-    ),
-    _family(
         "stable-diffusion-3",
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",

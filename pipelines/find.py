@@ -17,10 +17,11 @@ def find_convention(pipe: Any) -> Convention:
         Unsupported: the family is refused, or nothing matches.
     """
     names = [cls.__name__ for cls in type(pipe).__mro__]
-    for name in names:
-        for convention in (*CONVENTIONS, *transformers.CONVENTIONS):
-            if name in convention.pipelines:
-                return _accepted(convention, type(pipe).__name__)
+    known = (*CONVENTIONS, *transformers.CONVENTIONS)
+    found = next((c for c in known if set(c.mixins) & set(names)), None)
+    found = found or next((c for name in names for c in known if name in c.pipelines), None)
+    if found is not None:
+        return _accepted(found, type(pipe).__name__)
     if type(getattr(pipe, "unet", None)).__name__ in ("UNet2DConditionModel", "OptimizedModule"):
         return GENERIC_UNET
     raise Unsupported(

@@ -68,6 +68,21 @@ CONVENTIONS = (
         default_depth=2,
     ),
     Convention(
+        "latent-diffusion",
+        "unet",
+        batched=_UNET_ARGUMENTS,
+        pipelines=("LDMTextToImagePipeline",),
+        images=lambda call: 1 if isinstance(call["prompt"], str) else len(call["prompt"]),
+    ),
+    # Depth, normals and intrinsics from a picture: no guidance, and one run of the scheduler for each batch of pictures.
+    Convention(
+        "marigold",
+        "unet",
+        batched=_UNET_ARGUMENTS,
+        row_order=("cond",),
+        pipelines=("MarigoldDepthPipeline", "MarigoldNormalsPipeline", "MarigoldIntrinsicsPipeline"),
+    ),
+    Convention(
         "instruct-pix2pix",
         "unet",
         pipelines=("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
@@ -76,18 +91,7 @@ CONVENTIONS = (
     Convention(
         "perturbed-attention",
         "unet",
-        pipelines=(
-            "StableDiffusionPAGPipeline",
-            "StableDiffusionPAGImg2ImgPipeline",
-            "StableDiffusionPAGInpaintPipeline",
-            "StableDiffusionControlNetPAGPipeline",
-            "StableDiffusionControlNetPAGInpaintPipeline",
-            "StableDiffusionXLPAGPipeline",
-            "StableDiffusionXLPAGImg2ImgPipeline",
-            "StableDiffusionXLPAGInpaintPipeline",
-            "StableDiffusionXLControlNetPAGPipeline",
-            "StableDiffusionXLControlNetPAGImg2ImgPipeline",
-        ),
+        mixins=("PAGMixin",),
         refusal="it adds a third, perturbed branch whose attention processors would be cached with the others.",
     ),
     Convention(

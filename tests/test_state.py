@@ -7,6 +7,9 @@ import threading
 import pytest
 import tiny_transformers
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import GatedSelfAttentionDense
+from peft import LoraConfig
 from tiny import tiny_inputs, tiny_pipeline
 
 import diffaccel
@@ -262,3 +265,114 @@ def test_other_threads_pass_untouched(kind, method):
     assert torch.equal(got[0], stock)
     assert torch.equal(got[1], stock)
     assert sum("another thread" in note for note in fast.report.notes) == 1
+
+
+# --- what forces a full evaluation ---
+
+
+def full_evaluations(fast):
+    return [entry.evaluation for entry in fast.report.trace if entry.network == "denoiser" and not entry.tags]
+
+
+@pytest.mark.parametrize("steps", [12, 25])
+def test_an_idle_guidance_interval_forces_nothing(steps):
+    """A call without guidance has no rows that could come and go."""
+    pipe, inputs = tiny_pipeline("sd"), tiny_inputs("sd", steps=steps) | {"guidance_scale": 1.0}
+    alone, beside = (
+        diffaccel.wrap(pipe, SkipCache()),
+        diffaccel.wrap(pipe, [SkipCache(), GuidanceInterval(high=5.42, low=0.28)]),
+    )
+    alone(**inputs)
+    beside(**inputs)
+    assert beside.report.methods["skip_cache"] == alone.report.methods["skip_cache"]
+    assert beside.report.flops == alone.report.flops
+
+
+def test_an_idle_guidance_interval_forces_nothing_where_branches_are_separate():
+    pipe = tiny_transformers.tiny_pipeline("flux-cfg")
+    inputs = tiny_transformers.tiny_inputs("flux-cfg", steps=STEPS, guidance=1.0)
+    alone, beside = diffaccel.wrap(pipe, Forecast()), diffaccel.wrap(pipe, [Forecast(), GuidanceInterval(high=3.0)])
+    alone(**inputs)
+    beside(**inputs)
+    assert beside.report.methods["forecast"] == alone.report.methods["forecast"]
+
+
+def other_lora(pipe, seed):
+    """Another adapter of the same name and shape."""
+    if getattr(pipe.unet, "peft_config", None):
+        pipe.unet.delete_adapters("default")
+    torch.manual_seed(seed)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k"]))
+    overwrite_lora(pipe)
+
+
+def overwrite_lora(pipe):
+    with torch.no_grad():
+        for name, weight in pipe.unet.named_parameters():
+            if "lora" in name:
+                weight.normal_(std=0.5)
+
+
+def switch_fusers(pipe):
+    for module in pipe.unet.modules():
+        if isinstance(module, GatedSelfAttentionDense):
+            module.enabled = not module.enabled
+
+
+@pytest.mark.parametrize("change", [lambda pipe: other_lora(pipe, 2), overwrite_lora, switch_fusers])
+@pytest.mark.parametrize("method", [SkipCache(interval=50, full_last=0), StepReuse(threshold=1e9, max_skips=50)])
+def test_what_changes_inside_the_network_forces_a_full_evaluation(method, change):
+    """A LoRA replaced by one of the same name, one whose weights are overwritten, and GLIGEN's layers."""
+    pipe = tiny_pipeline("sd")
+    if change is switch_fusers:
+        config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+        pipe.unet = UNet2DConditionModel(**config | {"attention_type": "gated"}).eval()
+    else:
+        other_lora(pipe, 1)
+    fast = diffaccel.wrap(pipe, method)
+
+    def callback(pipe, index, t, tensors):
+        if index == 5:  # seen from the seventh evaluation on
+            change(pipe)
+        return {}
+
+    fast(**tiny_inputs("sd", steps=STEPS), callback_on_step_end=callback)
+    assert 6 in full_evaluations(fast)
+    assert not {5, 7, 8} & set(full_evaluations(fast))
+    assert fast.report.methods[method.name]["forced by adapters"] == 1
+
+
+@pytest.mark.parametrize("method", [SkipCache(interval=4), StepReuse(threshold=1e9, max_skips=3)])
+def test_controlnets_that_end_at_different_steps(method):
+    """The change of the second one's scale is known before the first one is cut short."""
+    pipe = tiny_pipeline("multi-controlnet")
+    inputs = tiny_inputs("multi-controlnet", steps=20) | {"control_guidance_end": [1.0, 0.5]}
+    fast = diffaccel.wrap(pipe, method)
+    fast(**inputs)
+    assert fast.report.completed
+    counts = fast.report.methods[method.name]
+    assert counts["forced by inputs"] == 1
+    # the first evaluation with the new scale, the eleventh or its neighbour by diffusers' rounding, is full
+    assert {10, 11} & set(full_evaluations(fast))
+    assert counts.get("cached", 0) + counts.get("reused", 0) > 5
+
+
+ENDS = ("sdxl", "sdxl-controlnet", "sdxl-img2img")
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_pipeline_that_hands_over_ends_where_it_says(kind):
+    """`denoising_end`: the last evaluation of this pipeline is full, and the run is complete."""
+    pipe = tiny_pipeline(kind)
+    inputs = tiny_inputs(kind, steps=20) | {"denoising_end": 0.6, "output_type": "latent"}
+    fast = diffaccel.wrap(pipe, [SkipCache(interval=50, min_evaluations=1), GuidanceInterval(stop_fraction=0.5)])
+    fast(**inputs)
+    evaluations = [entry.evaluation for entry in fast.report.trace if entry.network == "denoiser"]
+    assert len(evaluations) < 14
+    assert evaluations[-1] in full_evaluations(fast) or fast.report.trace[-1].tags == ()
+    assert fast.report.completed
+    counts = fast.report.methods["guidance_interval"]
+    assert abs(counts["guided"] - counts["unguided"]) <= 1
+    short = diffaccel.wrap(pipe, SkipCache(min_evaluations=14))
+    with pytest.warns(UserWarning, match="evaluations are too few"):
+        short(**inputs)

@@ -158,7 +158,6 @@ class CachePlan:
         self.probes = [AdapterProbe(network) for network, _ in model.denoisers]
         self.seen: dict[Hashable, Seen] = {}
         self.adapters: Any = None
-        self.guided = True
         self.age = 0
         self.cached = False
 
@@ -178,13 +177,13 @@ class CachePlan:
         self.cached = scheduled and forced is None
         if scheduled and forced:
             self.run.count(self.settings.name, **{f"forced by {forced}": 1})
-        self.guided, self.adapters = self.run.guided, adapters
+        self.adapters = adapters
         self.age = self.age + 1 if self.cached else 0
 
     def _guidance_changed(self) -> bool:
         """Separate calls of the conditional branch do not notice when the other branch is dropped."""
-        returns = self.run.guided and not self.guided
-        return returns if self.run.calls == "separate" else self.run.guided != self.guided
+        now, before = self.run.guided, self.run.guided_before
+        return now and not before if self.run.calls == "separate" else now != before
 
     def _scheduled(self, evaluation: int, total: int, sigma: float) -> bool:
         settings = self.settings

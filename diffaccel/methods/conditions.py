@@ -86,10 +86,11 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class AdapterProbe:
-    """Reads the settings inside a network that change its features: LoRA adapters and scales, IP-Adapter, FreeU."""
+    """Reads what changes a network's features from inside: LoRA adapters, scales and weights, IP-Adapter, FreeU, GLIGEN."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self._loads = 0
         self._find()
 
     def _find(self) -> None:
@@ -98,18 +99,26 @@ class AdapterProbe:
         processors: list[Any] = [getattr(m, "processor", None) for m in modules]
         self._scaled = [p for p in processors if getattr(p, "scale", None) is not None]
         self._blocks = [m for m in modules if hasattr(m, "resolution_idx")]
-        self._adapters = self._adapter_names()
+        self._fusers = [m for m in modules if isinstance(vars(m).get("enabled"), bool)]
+        self._adapters = self._adapters_now()
 
-    def _adapter_names(self) -> tuple[str, ...]:
-        return tuple(getattr(self.network, "peft_config", None) or ())
+    def _adapters_now(self) -> dict[str, Any]:
+        return dict(getattr(self.network, "peft_config", None) or {})
+
+    def _find_again(self) -> None:
+        """An adapter may have been replaced by another one of the same name, which has a config of its own."""
+        now = self._adapters_now()
+        if now.keys() != self._adapters.keys() or any(now[name] is not self._adapters[name] for name in now):
+            self._loads += 1
+            self._find()
 
     def state(self) -> tuple[Any, ...]:
         """A value that changes whenever one of these settings does."""
-        if self._adapter_names() != self._adapters:
-            self._find()
+        self._find_again()
         loras = tuple(_lora_state(module) for module in self._loras)
         freeu = tuple(tuple(getattr(b, key, None) for key in ("s1", "s2", "b1", "b2")) for b in self._blocks)
-        return self._adapters, loras, tuple(repr(p.scale) for p in self._scaled), freeu
+        fusers = tuple(m.enabled for m in self._fusers)
+        return self._loads, loras, tuple(repr(p.scale) for p in self._scaled), freeu, fusers
 
 
 def _lora_state(module: nn.Module) -> tuple[Any, ...]:
@@ -117,4 +126,5 @@ def _lora_state(module: nn.Module) -> tuple[Any, ...]:
     merged = tuple(own.get("merged_adapters") or ())
     # peft multiplies and divides by the call's scale in every forward, which may change the last bits
     scaling = tuple((name, float(f"{value:.6g}")) for name, value in own["scaling"].items())
-    return scaling, str(own.get("_active_adapter")), own.get("_disable_adapters"), merged
+    versions = tuple(_version(weight) for weight in module.parameters())  # weights may be swapped in place
+    return scaling, str(own.get("_active_adapter")), own.get("_disable_adapters"), merged, versions

@@ -76,7 +76,7 @@ class _Gate:
         if clock.step != self._step:
             self._step = clock.step
             self._guided = self.interval.contains(clock.step_sigma, clock.fraction)
-        self.run.guided = self.run.guided and self._guided
+        self.run.guided = self.run.guided and (self._guided or not self.run.has_guidance)
 
     def drops(self) -> bool:
         return not self._guided

@@ -156,7 +156,6 @@ class _Regions:
         self.step, self.since_dense, self.aged_step = -1, 0, -1
         self.evaluation, self.previous = -1, -1  # in which a network ran: the last one, and the one before
         self.adapters: Any = None
-        self.guided = True
         self.arguments: Mapping[str, Any] = {}
         self._note_solver(model.pipe.scheduler.config)
 
@@ -174,9 +173,10 @@ class _Regions:
             return
         self.step = clock.step
         adapters = [probe.state() for probe in self.probes]
-        forced = "guidance" if self.run.guided and not self.guided else "adapters" if adapters != self.adapters else ""
-        self.guided, self.adapters = self.run.guided, adapters
-        if not self.guided or self.run.all_latched:  # an unconditional branch that comes back starts anew
+        returns = self.run.guided and not self.run.guided_before
+        forced = "guidance" if returns else "adapters" if adapters != self.adapters else ""
+        self.adapters = adapters
+        if not self.run.guided or self.run.all_latched:  # an unconditional branch that comes back starts anew
             self.lanes = {key: lane for key, lane in self.lanes.items() if lane.branches != ("uncond",)}
         self.since_dense += 1
         planned = self._plans_region(clock)

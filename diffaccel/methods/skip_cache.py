@@ -89,7 +89,7 @@ def attach_skip(settings: CacheSettings, depth: int, order: int, where: tuple[Mo
         whole = _attach_to_transformers(model, depth, bypass, seams)
     for net in whole:
         run.note(f"{settings.name}: {type(net).__name__} always runs whole.")
-    SkipPlan(settings, bypass, model, run, ("skip", depth)).attach()
+    SkipPlan(settings, bypass, (model, run), ("skip", depth), whole).attach()
 
 
 def _attach_to_unet(model: ModelMap, depth: int, bypass: Bypass, seams: Seams) -> list[nn.Module]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from diffaccel.errors import Unsupported
 from diffaccel.methods.bypass import Bypass
@@ -15,15 +18,25 @@ from diffaccel.run import Call, Layer, Proceed, Run
 class SkipPlan(CachePlan):
     """The decision for every evaluation, for the denoiser and for the ControlNets that are called before it."""
 
-    def __init__(self, settings: CacheSettings, bypass: Bypass, model: ModelMap, run: Run, tag: Any) -> None:
+    def __init__(
+        self,
+        settings: CacheSettings,
+        bypass: Bypass,
+        where: tuple[ModelMap, Run],
+        tag: Any,
+        whole: Sequence[nn.Module],
+    ) -> None:
+        model, run = where
         coordinate = "log_sigma" if isinstance(model.layout, UNetLayout) else default_coordinate(model)
         super().__init__(settings, bypass, model, run, tag, coordinate)
         self.used_by_controlnet = False
+        self.whole = {id(net) for net in whole}  # ControlNets that cannot stop early
 
     def attach(self) -> None:
         """Take part in the run's evaluations."""
         super().attach()
         self.run.around("controlnet", Layer.SKIP, self.around_controlnet)
+        self.run.before_controlnets(self.compare)
 
     def decide(self) -> None:
         """Decide the evaluation before its first network is called."""
@@ -33,15 +46,21 @@ class SkipPlan(CachePlan):
     def around_controlnet(self, call: Call, proceed: Proceed) -> Any:
         """Stop a ControlNet after the residuals that a cached evaluation of the denoiser still uses."""
         self._follow_latch(call)
+        self.compare(call)
+        if call.lane[0] in self.whole:
+            return proceed(call)
+        self.used_by_controlnet = self.cached
+        self.run.count(self.settings.name, **{"controlnet early exits": int(self.cached)})
+        with self.store.active(call.lane, cached=self.cached):
+            return proceed(call.tagged(self.tag, complete=False) if self.cached else call)
+
+    def compare(self, call: Call) -> None:
+        """Force a full evaluation if the inputs of ControlNets have changed since the last one."""
         known = self.seen.get(call.lane)
         if self.cached and (known is None or not known.same(call)):
             self._force_full(call)
         if not self.cached:
             self.seen[call.lane] = Seen.of(call)
-        self.used_by_controlnet = self.cached
-        self.run.count(self.settings.name, **{"controlnet early exits": int(self.cached)})
-        with self.store.active(call.lane, cached=self.cached):
-            return proceed(call.tagged(self.tag, complete=False) if self.cached else call)
 
     def _force_full(self, call: Call) -> None:
         if self.used_by_controlnet:

@@ -80,6 +80,7 @@ class StepReuse(Method):
         run.before_evaluation(Layer.STEP, reuse.begin)
         run.around("denoiser", Layer.STEP, reuse.around_denoiser)
         run.around("controlnet", Layer.STEP, reuse.around_controlnet)
+        run.before_controlnets(reuse.see_controls)
 
 
 def mean_move(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,6 @@ class _Reuse:
         self.config, self.run, self.scheduler = config, run, model.pipe.scheduler
         self.probes = [AdapterProbe(network) for network, _ in model.denoisers]
         self.adapters: Any = None
-        self.guided = True
         self.raw: torch.Tensor | None = None  # the latents before the scheduler scaled them
         self.track = _Track()
         self.step = -1
@@ -176,7 +176,7 @@ class _Reuse:
     def _allowed(self) -> bool:
         clock, config = self.run.clock, self.config
         adapters = [probe.state() for probe in self.probes]
-        guidance_returns, self.guided = self.run.guided and not self.guided, self.run.guided
+        guidance_returns = self.run.guided and not self.run.guided_before
         adapters_changed, self.adapters = adapters != self.adapters, adapters
         if clock.total < config.min_evaluations:
             warn_few(self.run, config.name, clock.total, config.min_evaluations)
@@ -271,14 +271,22 @@ class _Reuse:
         rows = self._rows(wanted, call.rows // self.images)
         return _spread(proceed(call.rows_of(rows)), rows, call.rows)
 
+    def see_controls(self, call: Call) -> None:
+        """A change of one of several ControlNets has to be known before the first one is left out."""
+        self._plan(call)
+        self._compare((call.lane, "all"), call)
+
     def _check_controlnet(self, call: Call) -> None:
         for name, part in self._parts(call).items():
-            known = self.controls.get((call.lane, name))
-            reusing = [image for image in range(self.images) if self.reuse[image]]
-            if known is None or (reusing and not known.same(settled(part))):
-                self._force(reusing)
-            if not all(self.reuse):
-                self.controls[call.lane, name] = conditions_of(part)
+            self._compare((call.lane, name), part)
+
+    def _compare(self, key: Hashable, call: Call) -> None:
+        known = self.controls.get(key)
+        reusing = [image for image in range(self.images) if self.reuse[image]]
+        if known is None or (reusing and not known.same(settled(call))):
+            self._force(reusing)
+        if not all(self.reuse):
+            self.controls[key] = conditions_of(call)
 
 
 def _blank(value: Any, rows: int) -> Any:
