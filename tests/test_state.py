@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny_transformers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, LDMTextToImagePipeline, MarigoldDepthPipeline, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.pipelines import pag
 from peft import LoraConfig
-from tiny import tiny_inputs, tiny_pipeline
+from tiny import DDIM, tiny_inputs, tiny_pipeline, tiny_unet, tiny_vae
 
 import diffaccel
 from diffaccel import (
@@ -27,6 +31,7 @@ from diffaccel import (
     StepReuse,
     TokenDownsampling,
     TokenMerging,
+    Unsupported,
 )
 
 STEPS = 12
@@ -376,3 +381,100 @@ def test_a_pipeline_that_hands_over_ends_where_it_says(kind):
     short = diffaccel.wrap(pipe, SkipCache(min_evaluations=14))
     with pytest.warns(UserWarning, match="evaluations are too few"):
         short(**inputs)
+
+
+PERTURBED = [
+    cls
+    for file in pkgutil.iter_modules(pag.__path__)
+    for name, cls in vars(importlib.import_module(f"{pag.__name__}.{file.name}")).items()
+    if name.endswith("PAGPipeline") or ("PAG" in name and name.endswith(("Img2ImgPipeline", "InpaintPipeline")))
+]
+
+
+# --- pipelines whose rows follow rules of their own ---
+
+
+GUIDING = [
+    GuidanceInterval(low=1.0),
+    AdaptiveGuidance(threshold=0.9),
+    StepReuse(threshold=1e9),
+    [SkipCache(interval=2), GuidanceInterval(low=1.0)],
+]
+
+
+def latent_diffusion():
+    class Tokenizer:
+        def __call__(self, texts, **_):
+            return SimpleNamespace(input_ids=torch.tensor([[len(text), 1, 2] for text in texts]))
+
+    class Bert(torch.nn.Embedding):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, ids):
+            return (super().forward(ids),)
+
+    torch.manual_seed(3)
+    parts = {"vqvae": tiny_vae(), "bert": Bert(50, 16), "tokenizer": Tokenizer(), "scheduler": DDIMScheduler(**DDIM)}
+    pipe = LDMTextToImagePipeline(unet=tiny_unet(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("recipe", GUIDING)
+@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "two dogs"]])
+def test_latent_diffusion_is_guided_like_the_others(recipe, prompt):
+    """It makes its latents itself; how many is known from its prompts."""
+    pipe, fast = latent_diffusion(), diffaccel.wrap(latent_diffusion(), recipe)
+
+    def call(pipe):
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 128, "width": 128, "num_inference_steps": STEPS}
+        return torch.as_tensor(pipe(prompt, generator=generator, guidance_scale=5.0, output_type="np", **size).images)
+
+    assert not torch.equal(call(fast), call(pipe))
+    images = 1 if isinstance(prompt, str) else 2
+    assert fast.report.rows < 2 * images * STEPS
+    assert fast.report.trace[0].rows == 2 * images
+    assert fast.report.completed
+
+
+@pytest.mark.parametrize("recipe", GUIDING)
+def test_marigold_goes_through_its_pictures_in_batches(recipe):
+    """Three pictures, two at a time: no guidance, and a run of the scheduler for each batch."""
+    config = {key: value for key, value in tiny_unet().config.items() if not key.startswith("_")}
+    torch.manual_seed(0)
+    pipe = MarigoldDepthPipeline(
+        unet=UNet2DConditionModel(**config | {"in_channels": 8}).eval(),
+        vae=tiny_vae(),
+        scheduler=DDIMScheduler(**DDIM),
+        text_encoder=None,
+        tokenizer=None,
+        prediction_type="depth",
+        scale_invariant=True,
+        shift_invariant=True,
+        default_processing_resolution=32,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.empty_text_embedding = torch.ones(1, 2, 16)
+    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def call(pipe, chosen):
+        options = {"num_inference_steps": STEPS, "batch_size": 2, "output_type": "pt"}
+        return pipe(pictures[chosen], latents=latents[chosen].clone(), **options).prediction
+
+    fast = diffaccel.wrap(pipe, recipe)
+    three = call(fast, slice(0, 3))
+    assert [entry.stock_rows for entry in fast.report.trace] == [2] * STEPS + [1] * STEPS
+    assert fast.report.steps == 2 * STEPS
+    assert fast.report.completed
+    if recipe is not GUIDING[1]:  # which has nothing to say there
+        assert any("nothing to drop" in note for note in fast.report.notes) or "step_reuse" in fast.report.methods
+    assert torch.equal(three[2:], call(fast, slice(2, 3)))
+
+
+@pytest.mark.parametrize("cls", PERTURBED, ids=lambda cls: cls.__name__)
+def test_all_pipelines_with_perturbed_attention_are_refused(cls):
+    """Whatever else they are; their class tells."""
+    with pytest.raises(Unsupported, match=f"{cls.__name__} is not supported: it adds a third, perturbed"):
+        diffaccel.wrap(cls.__new__(cls), [])
