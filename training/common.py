@@ -83,6 +83,17 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
+def averaged_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint with the averages, if it has any, in the places of what was trained.
+
+    They are kept by name, or as a list in the order of the parameters.
+    """
+    average = saved["average"]
+    if isinstance(average, list):
+        average = dict(zip(saved["model"], average, strict=True))
+    return {**saved["model"], **average}
+
+
 class Trainee:
     """A module in training, with its optimizer, average and progress, all kept in one file and continued from it.
 
@@ -99,9 +110,12 @@ class Trainee:
         saved = load_checkpoint(path)
         if saved:
             module.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            if "optimizer" in saved:  # a checkpoint of weights alone has none
+                self.optimizer.load_state_dict(saved["optimizer"])
             device = next(module.parameters()).device
-            self.average.values, self.average.count = [value.to(device) for value in saved["average"]], saved["step"]
+            average = averaged_weights(saved)
+            self.average.values = [average[name].to(device) for name, _ in module.named_parameters()]
+            self.average.count = saved["step"]
             self.step, spent = saved["step"], saved["seconds"]
         self.clock = Clock(minutes, spent)
 

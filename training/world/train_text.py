@@ -26,9 +26,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffaccel.miniatures.world.captions import Mention, Truth, caption, held_out_prompts, vocabulary_words
 from diffaccel.miniatures.world.nouns import NAMES, NOUN_INDEX
 from diffaccel.miniatures.world.scenes import GROUND_COLOURS, GROUNDS, MAX_OBJECTS, PLACES, STYLES, pick, training_scene
-from training.common import Trainee, load_checkpoint, run_script
+from training.common import Trainee, run_script
 from training.train_sd3 import LOWER_LAYERS, _lower_part
 from training.train_text import build_text_encoder, build_tokenizer, tokenize
+from training.world.learner import load_averaged
 
 LENGTH, WIDTH = 32, 192
 BATCH = 64
@@ -238,13 +239,11 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 2) -> CLIP
 
 def load_text(out: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The tokenizer and the averaged, frozen encoder of `out`. Raises FileNotFoundError before they have been trained."""
-    saved = load_checkpoint(out / "text.pt")
-    if saved is None:
-        raise FileNotFoundError(f"no {out / 'text.pt'}: run training.world.train_text first")
+    weights = load_averaged(out / "text.pt", "training.world.train_text")
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = build_text_encoder(tokenizer, WIDTH)
-    for parameter, value in zip(encoder.parameters(), saved["average"], strict=False):
-        parameter.data.copy_(value)
+    first = {name.removeprefix("0."): value for name, value in weights.items() if name.startswith("0.")}
+    encoder.load_state_dict(first)  # the second are the read-outs
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
