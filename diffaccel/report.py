@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffaccel.errors import Unsupported
+from diffaccel.finite import broken_pictures, decoded_pictures, refuse_these
 from diffaccel.run import Evaluation, RegionCounts, Run
 
 
@@ -30,6 +31,8 @@ class Report:
         trace: one entry per executed network call (network, evaluation, sigma, rows, flops, what the methods decided).
         regions: how often each token was computed; None without region sampling.
         operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
+        images: pictures that were decoded.
+        broken: which of them hold NaN or infinite values, from 0; see `refuse_broken`.
     """
 
     steps: int
@@ -45,6 +48,8 @@ class Report:
     trace: tuple[Evaluation, ...] = field(default=(), repr=False)
     regions: RegionCounts | None = field(default=None, repr=False)
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
+    images: int = 0
+    broken: tuple[int, ...] = ()
 
     def region_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How often each token was computed: (images, h, w) over the token grid.
@@ -104,6 +109,16 @@ class Report:
         return "\n".join(lines + [f"note: {sentence}" for sentence in self.notes])
 
 
+def refuse_broken(report: Report | None) -> None:
+    """To be asked before a call's pictures are saved or shown.
+
+    Raises:
+        BrokenPicture: one of them holds NaN or infinite values.
+    """
+    if report is not None:
+        refuse_these(report.broken, report.images)
+
+
 def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed: bool) -> Report:
     """Sum up a run. `completed` says whether the pipeline returned normally."""
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
@@ -121,6 +136,8 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
         trace=tuple(run.evaluations),
         regions=run.regions,
         operators=run.operators,
+        images=decoded_pictures(run),
+        broken=broken_pictures(run),
     )
 
 

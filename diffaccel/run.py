@@ -280,6 +280,7 @@ class Run:
         arguments: the pipeline call's arguments by name, as the methods changed them.
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
+        finite: per picture or frame that was decoded, whether all its values are finite.
         guided: False while the schedule of a guidance method drops the unconditional rows of this evaluation.
         guided_before: the same of the last evaluation; True if it had no unconditional rows to drop.
         has_guidance: False if it had none.
@@ -305,6 +306,7 @@ class Run:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
+    finite: list[bool] = field(default_factory=list)
     guided: bool = True
     guided_before: bool = True
     has_guidance: bool = True

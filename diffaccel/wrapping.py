@@ -12,6 +12,7 @@ from typing import Any
 
 from diffaccel.attention_calls import check_kernel, use_kernel
 from diffaccel.errors import Unsupported
+from diffaccel.finite import watch_pictures, watch_result
 from diffaccel.flops import FlopLedger
 from diffaccel.kernels.registration import recording
 from diffaccel.method import Method
@@ -94,7 +95,9 @@ class AcceleratedPipeline:
                     run.images = convention.images(run.arguments)
                 _bracket(model, run, seams)
                 _Attachment(model, methods, self.attention_kernel, run).hold(seams)
+                watch_pictures(self.pipe, run, seams)
                 result = self.pipe(*arguments[0], **arguments[1])
+            watch_result(run, result)
             completed = True
         finally:
             seconds = time.perf_counter() - started
