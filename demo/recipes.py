@@ -12,6 +12,7 @@ from diffaccel.errors import DiffaccelError
 from diffaccel.output import safe_name
 from diffaccel.pipelines.presets import presets
 from diffaccel.recipe import Recipe, each_once
+from diffaccel.text_files import decode
 
 MOST_BYTES = 64 * 1024
 CUSTOM = "custom"
@@ -62,7 +63,7 @@ def from_file(path: str | Path, engine: Engine, model: str) -> Recipe:
     with Path(path).open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     try:
-        return from_text(data.decode("utf-8") if len(data) <= MOST_BYTES else "x" * len(data), engine, model)
+        return from_text(decode(data) if len(data) <= MOST_BYTES else "x" * len(data), engine, model)
     except UnicodeDecodeError as error:
         raise PageError("This file is no recipe: it is not text.") from error
 

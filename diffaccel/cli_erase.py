@@ -29,6 +29,7 @@ from diffaccel.cli_support import (
     progress,
     quiet_libraries,
 )
+from diffaccel.text_files import read_text
 
 if TYPE_CHECKING:
     from diffaccel.erasure.proof_result import Proof
@@ -149,7 +150,7 @@ def _request(concepts: list[str], file: Path | None, keep: list[str], anchor: st
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise typer.BadParameter(f"{path} is not a text file in UTF-8.") from None
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method
 from diffaccel.output import replace_file
+from diffaccel.text_files import read_text
 
 SCHEMA_VERSION = 1
 
@@ -165,13 +166,13 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a JSON recipe. Files that methods name are looked for in its folder and below.
+        """Read a JSON recipe (UTF-8, or UTF-16 with a byte order mark). Files that methods name are looked for in its folder and below.
 
         Raises:
             RecipeError: no such file, no valid JSON, or wrong contents.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(Path(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise RecipeError(f"cannot read the recipe {path}: {reason}.") from error

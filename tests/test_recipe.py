@@ -30,6 +30,7 @@ from diffaccel import (
     TokenDownsampling,
     TokenMerging,
 )
+from diffaccel.erasure import read_concepts
 from diffaccel.methods import Erase, registry
 from diffaccel.pipelines.presets import resolve_recipe
 from diffaccel.recipe import CONFLICTS, build_method
@@ -317,9 +318,9 @@ def test_names_and_paths(tmp_path):
         (b"", "is not valid JSON"),
         (b'{"schema": 1', "is not valid JSON"),
         (b'{"schema": 1,}', "is not valid JSON"),
-        (b"\xff\xfe{}", "it is not a text file"),
+        (b"\xff{}", "it is not a text file"),
         (b"\x89PNG\r\n\x1a\n", "it is not a text file"),
-        ("{}".encode("utf-8-sig"), "is not valid JSON"),
+        ("{}".encode("utf-16-le"), "it is not a text file"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "JSON object, not list"),
         (
@@ -347,6 +348,17 @@ def test_folders_and_impossible_places(tmp_path):
     for place in ("folder.json", "missing/r.json", "file/r.json", "n" * 300 + ".json"):
         assert "cannot write the recipe to" in refusal(recipe.save, tmp_path / place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_files_may_be_written_as_windows_programs_do(tmp_path, encoding):
+    """Recipes and concept files: with a byte order mark, or in UTF-16 with one."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    recipe, concepts = tmp_path / "recipe.json", tmp_path / "concepts.json"
+    recipe.write_bytes((mark + '{"schema": 1,\r\n"name": "süß", "methods": []}').encode(encoding))
+    concepts.write_bytes((mark + '{"concepts": ["süß"]}').encode(encoding))
+    assert Recipe.load(recipe).name == "süß"
+    assert [concept.target for concept in read_concepts(concepts).concepts] == ["süß"]
 
 
 def test_saving_replaces_the_file_in_one_step(tmp_path, monkeypatch):

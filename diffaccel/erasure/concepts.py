@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel.errors import DiffaccelError
+from diffaccel.text_files import read_text
 
 LARGEST_FILE = 4_000_000  # bytes; a thousand concepts need about a tenth of it
 
@@ -86,7 +87,7 @@ class ConceptList(BaseModel):
 
 
 def read_concepts(path: str | Path) -> ConceptList:
-    """Read a concept file (JSON, UTF-8).
+    """Read a concept file (JSON; UTF-8, or UTF-16 with a byte order mark).
 
     Raises:
         ErasureError: not such a file; the message names the place.
@@ -96,7 +97,7 @@ def read_concepts(path: str | Path) -> ConceptList:
     if file.stat().st_size > LARGEST_FILE:
         raise ErasureError(f"{file} is larger than {LARGEST_FILE} bytes, too large for a concept file.")
     try:
-        return ConceptList.model_validate(_json(file.read_text(encoding="utf-8")))
+        return ConceptList.model_validate(_json(read_text(file)))
     except ValidationError as error:
         raise ErasureError(f"{file} is not a concept file: {describe_problem(error)}.") from None
     except (ValueError, RecursionError) as error:
