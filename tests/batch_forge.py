@@ -1,9 +1,10 @@
 """A process that has loaded everything and forks workers at once, so that a hundred can be killed in a minute.
 
 Run as a program it reads one JSON command a line and answers with one JSON line:
-    {"do": "start", "rows": [...], "output": "...", "settings": {...}, "kill_at_call": n, "pause": seconds} -> {"pid": ...}
-    {"do": "kill", "pid": ..., "after": seconds} -> {"status": ...}     wait status, killed or ended before
-    {"do": "wait", "pid": ...} -> {"status": ...}
+    {"do": "start", "rows": [...], "output": "...", "settings": {...}, "kill_at_call": n, "kill_at_second": t, "pause": seconds}
+        -> {"pid": ...}     killed at its t-th second of computing, whatever else the machine does
+    {"do": "kill", "pid": ..., "after": seconds} -> {"status": ..., "seconds": ...}     wait status, killed or ended before
+    {"do": "wait", "pid": ...} -> {"status": ..., "seconds": ...}     seconds it computed
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def _work(pipe: Any, command: dict[str, Any]) -> int:
 
     if "kill_at_call" in command:
         _kill_at(command["kill_at_call"])
+    if "kill_at_second" in command:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process as SIGKILL does
+        signal.setitimer(signal.ITIMER_PROF, command["kill_at_second"])
     if "pause" in command:
         call = Caller.call
 
@@ -107,7 +111,8 @@ def main() -> None:
             if command["do"] == "kill":
                 time.sleep(command["after"])
                 os.kill(command["pid"], signal.SIGKILL)
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(command["pid"], 0)[1])}
+            _, status, used = os.wait4(command["pid"], 0)
+            answer = {"status": os.waitstatus_to_exitcode(status), "seconds": used.ru_utime + used.ru_stime}
         print(json.dumps(answer), flush=True)
 
 
@@ -137,6 +142,12 @@ class Forge:
 
     def wait(self, pid: int) -> int:
         return int(self.ask(do="wait", pid=pid)["status"])
+
+    def seconds(self, pid: int) -> float:
+        """How long it computed until its good end."""
+        answer = self.ask(do="wait", pid=pid)
+        assert answer["status"] == 0
+        return float(answer["seconds"])
 
     def kill(self, pid: int, after: float) -> int:
         """Status -9 if the kill met it alive."""
