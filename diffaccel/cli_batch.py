@@ -36,7 +36,7 @@ from diffaccel.cli_support import (
 if TYPE_CHECKING:
     from diffaccel.batch import BatchPlan, BatchProgress, BatchReport
 
-SHOWN_FILES, SHOWN_FAILURES, SHOWN_GROUPS = 5, 20, 30
+SHOWN_FILES, SHOWN_FAILURES, SHOWN_GROUPS, SHOWN_PROBLEMS = 5, 20, 30, 50
 SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal to draw a bar on
 
 
@@ -226,8 +226,9 @@ def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _problems_as_lines(debug: bool) -> Iterator[None]:
-    """All problems of a list on stderr, one a line; other errors are left to the command."""
+    """The problems of a list on stderr, one a line, or of very many one of each kind; other errors are left to the command."""
     from diffaccel.batch import BatchError
+    from diffaccel.batch.settings import summary
 
     try:
         yield
@@ -235,8 +236,8 @@ def _problems_as_lines(debug: bool) -> Iterator[None]:
         if debug or not error.problems:
             raise
         typer.echo(f"Error: {str(error).splitlines()[0]}", err=True)
-        for problem in error.problems:
-            typer.echo(f"  {problem}", err=True)
+        for line in summary(error.problems, SHOWN_PROBLEMS):
+            typer.echo(f"  {line}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -245,7 +246,7 @@ def _bar(total: int) -> Iterator[Callable[[BatchProgress], None]]:
     """A bar on stderr with pictures per second and the time left; without a terminal, a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from diffaccel.batch.estimate import in_words
+    from diffaccel.batch.timing import in_words
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     shown = sys.stderr.isatty() and _is_first()
@@ -268,7 +269,7 @@ def _bar(total: int) -> Iterator[Callable[[BatchProgress], None]]:
 
 def _print_plan(plan: BatchPlan, pipe: Any) -> None:
     from diffaccel.batch.engine import known_model
-    from diffaccel.batch.estimate import estimate, in_words
+    from diffaccel.batch.timing import estimate, in_words
 
     plan = known_model(plan, pipe)
     found = estimate(plan, pipe)
@@ -306,7 +307,7 @@ def _print_files(plan: BatchPlan) -> None:
 
 
 def _print_report(report: BatchReport) -> None:
-    from diffaccel.batch.estimate import in_words
+    from diffaccel.batch.timing import in_words
 
     table = Table("pictures", "made now", "there before", "failed", "time", "pictures/s")
     table.add_row(

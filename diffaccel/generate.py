@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffaccelError
+from diffaccel.finite import refuse_these
 from diffaccel.metadata import Generation, png_info
 from diffaccel.model_map import describe
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.output import OutputFolder, safe_name, write_file
 from diffaccel.report import Report
 from diffaccel.wrapping import AcceleratedPipeline
+
+FEW_STEPS = 10  # that every scheduler can do; one that refuses these needs more than a number
 
 
 class GenerateError(DiffaccelError):
@@ -79,6 +82,32 @@ def _size_factor(pipe: Any) -> int:
     return max(cell * layout.patch, int(processor.config.vae_scale_factor) if processor is not None else cell)
 
 
+def check_steps(pipe: Any, steps: int) -> None:
+    """Raise `GenerateError` if the scheduler cannot do so many steps."""
+    reason = _refused_steps(pipe.scheduler, steps)
+    if reason and can_do_steps(pipe, FEW_STEPS):
+        most = pipe.scheduler.config.get("num_train_timesteps") or 0
+        why = f"it has {most} at most" if steps > most > 0 else reason
+        raise GenerateError(f"{type(pipe.scheduler).__name__} cannot do {steps} steps: {why}.")
+
+
+def can_do_steps(pipe: Any, steps: int) -> bool:
+    """Whether the scheduler takes this number of steps, without more being said."""
+    return not _refused_steps(pipe.scheduler, steps)
+
+
+def _refused_steps(scheduler: Any, steps: int) -> str:
+    """Why a copy of the scheduler refuses this number of steps; empty if it does not."""
+    twin = type(scheduler).from_config(scheduler.config)
+    # dynamic shifting needs the picture size, which changes the noise levels but not their number
+    keywords = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
+    try:
+        twin.set_timesteps(steps, **keywords)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return ""
+
+
 def generate(
     fast: AcceleratedPipeline,
     jobs: Sequence[Job],
@@ -86,27 +115,38 @@ def generate(
     *,
     model: str,
     overwrite: bool = False,
+    on_saved: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Report]:
     """Make and save the pictures batch by batch; yields each batch's report after its files are complete.
 
+    Args:
+        on_saved: called after each file is complete.
     Raises:
-        GenerateError: a size this pipeline cannot make, or a call argument it does not have.
+        GenerateError: a size or a number of steps this pipeline cannot make, or a call argument it does not have.
         OutputError: a file cannot be written.
+        BrokenPicture: at the end, if pictures held NaN or infinite values; nothing was written for them.
     """
     check_size(fast.pipe, settings.size)
+    check_steps(fast.pipe, settings.steps)
+    broken: list[Job] = []
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]
         images = fast(**call_arguments(fast.pipe, batch, settings)).images
         report = fast.report
         assert report is not None  # set by every call
+        broken += [batch[index] for index in report.broken]
         for job, image in zip(batch, images, strict=True):
+            if job in broken:
+                continue
             info = (
                 png_info(describe_picture(fast, job, settings, image, report, len(batch), model))
                 if settings.metadata
                 else None
             )
             write_file(job.path, _saver(image, info), overwrite=overwrite)
+            on_saved(job.path)
         yield report
+    refuse_these([jobs.index(job) for job in broken], len(jobs))
 
 
 def call_arguments(pipe: Any, batch: Sequence[Job], settings: Settings) -> dict[str, Any]:

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from diffaccel import GuidanceInterval, Recipe
 from diffaccel.batch import BatchError, BatchSettings, plan_batch
 from diffaccel.batch.names import checked_name, default_name
 from diffaccel.batch.rows import Limits, TooLarge
-from diffaccel.batch.settings import RowProblem
+from diffaccel.batch.settings import RowProblem, summary
 
 
 def plan(rows, folder, **settings):
@@ -149,10 +150,20 @@ def test_one_side_is_no_size(tmp_path):
     assert plan([{"prompt": "x", "width": 64}], tmp_path, size=(32, 48)).rows[0].size == (64, 48)
 
 
-def test_many_problems_are_counted_in_the_message(tmp_path):
-    with pytest.raises(BatchError, match=r"(?s)^30 problems.*row 1: .*row 20: .*and 10 more") as found:
-        plan([{"prompt": ""}] * 30, tmp_path)
-    assert len(found.value.problems) == 30
+def test_many_problems_are_one_line_for_each_kind(tmp_path):
+    rows = [{"prompt": "x", "seed": -number, "steps": "many"} for number in range(1, 31)]
+    with pytest.raises(BatchError) as found:
+        plan([*rows, {"prompt": ""}], tmp_path)
+    assert len(found.value.problems) == 61
+    assert str(found.value).splitlines() == [
+        "61 problems in the list, nothing was generated:",
+        "row 1: seed: -1 is not between 0 and 9007199254740992. And so in 29 more, the last is row 30.",
+        "row 1: steps: 'many' is not a number. And so in 29 more, the last is row 30.",
+        "row 31: it has no prompt.",
+    ]
+    several = [RowProblem(number, f"wrong in way {chr(64 + number)}.") for number in range(1, 6)]
+    assert summary(several, 5) == [str(problem) for problem in several]
+    assert summary(several, 4)[-2:] == ["row 4: wrong in way D.", "and 1 more of 1 other kinds"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +192,6 @@ def test_damaged_lists(tmp_path, name, text, row, words):
     [
         ("a.xlsx", "x", "no list that is known"),
         ("a.csv", b"prompt\n\xff\xfe\n", "UTF-8"),
-        ("a.csv", "prompt,seed\nx,1\n".encode("utf-16"), "UTF-8"),
         ("a.csv", "prompt,seed\nx,1\n".encode("utf-16-le"), "UTF-8: it holds NUL"),
         ("a.txt", "a red dot\n".encode("utf-16-be"), "UTF-8: it holds NUL"),
         ("a.jsonl", b'{"prompt": "x"}\0\n', "UTF-8: it holds NUL"),
@@ -245,6 +255,61 @@ def test_a_parquet_file_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
         plan_batch(path, tmp_path / "out", limits=Limits(bytes=20_000))
     assert sum(unpacked) == 8
     assert len(plan_batch(path, tmp_path / "out", limits=Limits(rows=1, bytes=200_000)).rows) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt\r\nein süßer Hund\r\n"),
+        ("a.tsv", "prompt\nein süßer Hund\n"),
+        ("a.jsonl", '{"prompt": "ein süßer Hund"}\r\n'),
+        ("a.txt", "ein süßer Hund\r"),
+    ],
+)
+def test_lists_may_be_written_as_windows_programs_do(tmp_path, encoding, name, text):
+    marked = "\ufeff" + text if encoding == "utf-16-be" else text
+    found = plan(written(tmp_path, name, marked.encode(encoding)), tmp_path)
+    assert [row.prompt for row in found.rows] == ["ein süßer Hund"]
+
+
+def test_empty_columns_behind_the_last_one_are_left_out(tmp_path):
+    """Spreadsheets write them for cells that were emptied."""
+    found = plan(written(tmp_path, "a.csv", "prompt,seed,, \na,1,,\nb,2,, ,\nc,3\n,,,\n"), tmp_path)
+    assert [(row.prompt, row.seed) for row in found.rows] == [("a", 1), ("b", 2), ("c", 3)]
+    assert problems(written(tmp_path, "a.csv", "prompt,seed,,\na,1,,x\n"), tmp_path) == [
+        (1, "it has 4 cells, the header has 2.")
+    ]
+    with pytest.raises(BatchError, match="without a name"):
+        plan(written(tmp_path, "a.csv", "prompt,,seed\na,,1\n"), tmp_path)
+
+
+def test_values_of_numpy_are_values(tmp_path):
+    row = {
+        "prompt": np.str_("x"),
+        "seed": np.int64(7),
+        "steps": np.float32(3),
+        "width": np.uint16(64),
+        "height": np.int32(64),
+        "guidance_scale": np.float64(2.5),
+        "clip_skip": np.int8(2),
+        "sigmas": np.array([1.0, 0.5]),
+        "negative_prompt": np.float64("nan"),
+    }
+    plain = {"prompt": "x", "seed": 7, "steps": 3, "width": 64, "height": 64, "guidance_scale": 2.5, "clip_skip": 2}
+    found = plan([row, {**plain, "sigmas": [1.0, 0.5], "name": "other"}], tmp_path).rows
+    assert found[0].extras == found[1].extras == (("clip_skip", "2"), ("sigmas", "[1.0, 0.5]"))
+    same = ("prompt", "seed", "steps", "size", "guidance_scale", "negative_prompt")
+    assert [getattr(found[0], name) for name in same] == [getattr(found[1], name) for name in same]
+    assert problems([{"prompt": "x", "steps": np.True_}], tmp_path) == [(1, "steps: True is not a number.")]
+
+
+def test_an_output_folder_that_is_read_only_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))  # a superuser may write anywhere
+    with pytest.raises(BatchError, match=rf"out cannot be the output folder: {tmp_path} is read-only"):
+        plan([{"prompt": "x"}], tmp_path)
+    assert asked == [tmp_path]
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ import gc
 import json
 import logging
 import os
-import sys
+import shutil
 import tarfile
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 import diffaccel
 from diffaccel import GuidanceInterval, Recipe, TokenMerging, metadata
-from diffaccel.batch import BatchError, BatchProgress, BatchSettings, estimate, plan_batch, run_batch
+from diffaccel.batch import BatchError, BatchProgress, BatchSettings, calls, estimate, plan_batch, run_batch
 from diffaccel.batch.arguments import converted
 from diffaccel.batch.calls import Caller
 from diffaccel.batch.claims import Claims, Member
@@ -28,6 +29,7 @@ from diffaccel.batch.pictures import user_comment
 from diffaccel.batch.shards import Sample, pack
 from diffaccel.batch.state import Journal, Store
 from diffaccel.batch.tally import Tally
+from diffaccel.errors import DiffaccelError
 from diffaccel.output import OutputError
 
 SETTINGS = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0, "size": (16, 16)}
@@ -146,6 +148,67 @@ def test_unknown_columns_are_refused_unless_told(pipe, tmp_path):
     assert "artist" in report.notes[0]
 
 
+def test_values_of_ignored_columns_are_ignored(pipe, tmp_path):
+    """They are no problems and divide no batches; those of columns that the pipeline knows still are."""
+    rows = [
+        {"prompt": f"{number}", "source": {"id": number}, "score": float("inf"), "note": number} for number in range(4)
+    ]
+    report = run(rows, tmp_path / "out", pipe, ignore_unknown_columns=True, batch_size=4)
+    assert report.exit_code == 0
+    assert report.notes[0].endswith("has no such argument: note, score, source.")
+    assert [entry["batch"] for entry in entries(tmp_path / "out")] == [4, 4, 4, 4]
+    assert run(rows, tmp_path / "out", pipe, ignore_unknown_columns=True, batch_size=4).skipped == 4
+    with pytest.raises(BatchError, match=r"row 1: score: inf is no finite number"):
+        run(rows, tmp_path / "other", pipe)
+    rows[2]["eta"] = {"a": 1}
+    with pytest.raises(BatchError) as found:
+        run(rows, tmp_path / "other", pipe, ignore_unknown_columns=True)
+    assert [(problem.row, problem.sentence[:30]) for problem in found.value.problems] == [
+        (3, "eta: a call argument is a numb")
+    ]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"steps": 1001}, "DDIMScheduler cannot do 1001 steps: it has 1000 at most."),
+        ({"clip_skip": 1}, r"clip_skip of StableDiffusionPipeline does not work with diffusers .* and transformers"),
+        ({"negative_prompt": "x", "timesteps": [5, 5]}, r"row 2: a trial call fails: ValueError: .*timesteps"),
+    ],
+)
+def test_a_dry_run_refuses_what_must_fail(pipe, tmp_path, row, words):
+    with pytest.raises(BatchError, match=words) as found:
+        estimate(planned(tmp_path, [{"prompt": "fine"}, {"prompt": "x", **row}]), pipe)
+    assert [problem.row for problem in found.value.problems] == [2]
+
+
+def test_an_argument_that_works_with_the_libraries_is_taken(pipe):
+    """clip_skip fails where the text encoder has lost what the pipeline asks it for, and only there."""
+
+    class Whole:
+        def encode_prompt(self):
+            return self.text_encoder.text_model.final_layer_norm
+
+        def __call__(self, clip_skip: int | None = None): ...
+
+    whole = Whole()
+    whole.text_encoder = SimpleNamespace(text_model=SimpleNamespace(final_layer_norm=None))
+    assert converted(whole, "clip_skip", 1) == 1
+    assert converted(pipe, "clip_skip", None) is None
+
+
+def test_a_long_list_is_checked_in_a_few_questions(pipe, tmp_path, monkeypatch):
+    """50,000 rows of different guidance took 100 seconds before the first picture."""
+    asked = []
+    for name in ("check_size", "check_steps", "call_arguments", "wrap"):
+        original = getattr(calls, name)
+        monkeypatch.setattr(calls, name, lambda *args, _own=original, **more: asked.append(_own) or _own(*args, **more))
+    rows = [{"prompt": "x", "guidance_scale": 1 + number / 1000, "eta": number / 1000} for number in range(1000)]
+    Caller(planned(tmp_path, rows), pipe, "").check()
+    assert len(asked) == 4
+
+
 def test_arguments_are_compared_with_the_pipelines_annotations(pipe, tmp_path):
     """Each of these took the list's whole time to fail row by row; `kwargs` was even taken and ignored."""
     wrong = {
@@ -228,6 +291,26 @@ def test_a_bad_row_takes_nobody_with_it(pipe, tmp_path, fragile):
     assert sum(fragile["calls"]) == 2
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_a_picture_that_is_not_finite_is_a_failure_of_its_row(tmp_path):
+    """It was written as a black picture, and the exit code was 0."""
+    pipe = fast_pipe()
+    encode = pipe.encode_prompt
+
+    def spoilt(prompt, *args, **kwargs):
+        positive, negative = encode(prompt, *args, **kwargs)
+        for index, text in enumerate(prompt):
+            positive[index] *= float("nan") if "bad" in text else 1.0
+        return positive, negative
+
+    pipe.encode_prompt = spoilt
+    report = run([{"prompt": "a"}, {"prompt": "bad"}, {"prompt": "c"}], tmp_path, pipe, batch_size=3)
+    assert (report.done, report.failed, report.exit_code) == (2, 1, 1)
+    assert report.failures[0].sentence.startswith("the picture holds values that are not finite (NaN or infinite)")
+    assert [*pictures(tmp_path)] == ["000001-a", "000003-c"]
+    assert [entry["status"] for entry in entries(tmp_path)] == ["done", "failed", "done"]
+
+
 def test_failures_in_a_row_stop_the_batch(pipe, tmp_path, fragile):
     rows = [{"prompt": "bad"}] * 2 + [{"prompt": "fine"}] + [{"prompt": "bad"}] * 3 + [{"prompt": "never reached"}]
     report = run(rows, tmp_path, pipe, batch_size=1, max_failures=3)
@@ -288,6 +371,66 @@ def test_whatever_the_disk_refuses_is_one_sentence(pipe, tmp_path, monkeypatch, 
         run(ROWS, tmp_path, pipe)
     monkeypatch.undo()
     assert run(ROWS, tmp_path, pipe).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "part", [".", ".diffaccel", *(f".diffaccel/{name}" for name in ("claims", "journal", "workers"))]
+)
+@pytest.mark.parametrize("away", ["moved", "removed"])
+def test_a_folder_that_goes_away_ends_the_batch(pipe, tmp_path, part, away):
+    """It was waited for without end."""
+    folder, looks = tmp_path / "out", []
+
+    def go_away(progress):
+        if progress.done and (folder / part).exists():
+            (folder / part).rename(tmp_path / "elsewhere") if away == "moved" else shutil.rmtree(folder / part)
+
+    def give_up():
+        looks.append(None)
+        return len(looks) > 200
+
+    with pytest.raises(OutputError, match=rf"^{folder}.* was moved or removed while the batch was running"):
+        run([*ROWS, *ROWS], folder, pipe, on_progress=go_away, should_stop=give_up)
+    assert len(looks) < 100
+
+
+def test_claims_that_go_away_end_the_batch(pipe, tmp_path):
+    """Without them each batch looks as if another worker had it; those of a finished batch are tidied up, though."""
+
+    def go_away(progress):
+        for path in (tmp_path / ".diffaccel" / "claims").glob("*"):
+            shutil.rmtree(path)
+
+    looks = []
+    with pytest.raises(OutputError, match=r"no such file or directory"):
+        run(ROWS, tmp_path, pipe, on_progress=go_away, should_stop=lambda: looks.append(None) or len(looks) > 200)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_claim_has_one_owner(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    (tmp_path / "workers").mkdir()
+    first, second = (Member(tmp_path / "workers", 60.0) for _ in range(2))
+    ours, theirs = (Claims(tmp_path / "claims", member) for member in (first, second))
+    assert ours.try_claim("0", 0)
+    assert not theirs.try_claim("0", 0)
+    assert (ours.owner("0", 0), theirs.is_mine("0", 0), ours.is_mine("0", 0)) == (first.name, False, True)
+    assert theirs.try_claim("0", 1)  # after the first owner died
+    assert not ours.try_claim("0", 1)
+    assert not ours.is_mine("0", 0)
+
+
+def test_a_link_that_a_network_file_system_made_and_denied_is_ours(tmp_path, monkeypatch):
+    link = os.link
+
+    def denied(source, target):
+        link(source, target)
+        raise FileExistsError(17, "it exists")
+
+    monkeypatch.setattr(os, "link", denied)
+    (tmp_path / "workers").mkdir()
+    assert Claims(tmp_path / "claims", Member(tmp_path / "workers", 60.0)).try_claim("0", 0)
 
 
 # -- progress and stopping --------------------------------------------------------------------------------------------
@@ -459,6 +602,86 @@ def test_a_strangers_manifest_or_sheet_is_not_replaced(pipe, tmp_path, name, set
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "settings"),
+    [
+        ("000006-new.png", [{"prompt": "new"}], {"on_change": "extend"}),
+        ("Contact-Sheet.png", [], {"contact_sheet": True}),
+        ("manifest.parquet", [], {"manifest": "parquet"}),
+        ("manifest.parquet", [{"prompt": "new"}], {"manifest": "parquet", "on_change": "extend"}),
+    ],
+)
+def test_files_of_others_are_not_replaced_by_a_later_run(pipe, tmp_path, name, more, settings):
+    assert run(ROWS, tmp_path, pipe).exit_code == 0
+    (tmp_path / name).write_text("precious")
+    for attempt in (planned, functools.partial(run, pipe=pipe)):  # a dry run says it too
+        with pytest.raises(BatchError, match=rf"{name} exists already"):
+            attempt(folder=tmp_path, rows=[*ROWS, *more], **settings)
+    assert (tmp_path / name).read_text() == "precious"
+    (tmp_path / name).unlink()
+    for _ in range(2):  # its own files of the run before are no strangers
+        assert run([*ROWS, *more], tmp_path, pipe, **settings).exit_code == 0
+
+
+def test_a_manifest_that_was_changed_is_not_replaced(pipe, tmp_path):
+    assert run(ROWS[:1], tmp_path, pipe).exit_code == 0
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(path.read_text() + "my own line\n")
+    with pytest.raises(BatchError, match="did not write it as it is"):
+        run(ROWS[:1], tmp_path, pipe)
+    assert "my own line" in path.read_text()
+    assert run(ROWS[:1], tmp_path, pipe, on_change="overwrite").exit_code == 0
+    assert "my own line" not in path.read_text()
+
+
+def test_a_manifest_that_appears_while_the_batch_runs_is_kept(pipe, tmp_path):
+    def appear(progress):
+        if not (tmp_path / "manifest.jsonl").exists():
+            (tmp_path / "manifest.jsonl").write_text("precious")
+
+    with pytest.raises(OutputError, match="exists already, and this batch did not write it"):
+        run(ROWS[:1], tmp_path, pipe, on_progress=appear)
+    assert (tmp_path / "manifest.jsonl").read_text() == "precious"
+    assert len(pictures(tmp_path)) == 1
+
+
+def test_a_folder_of_an_earlier_version_is_continued(pipe, tmp_path):
+    """It kept no account of what it wrote beside the pictures."""
+    assert run(ROWS, tmp_path, pipe).exit_code == 0
+    shutil.rmtree(tmp_path / ".diffaccel" / "written")
+    assert run(ROWS, tmp_path, pipe).skipped == 5
+
+
+@pytest.mark.parametrize("kind", ["garbage", "tar"])
+def test_a_strangers_shard_is_not_replaced(pipe, tmp_path, kind, fragile):
+    rows = [*ROWS[:3], {"prompt": "bad"}]
+    (tmp_path / "mine.txt").write_text("precious")
+    shard = tmp_path / "out" / "shard-000001.tar"
+
+    def put():
+        with tarfile.open(shard, "w") as archive:
+            archive.add(tmp_path / "mine.txt", "mine.txt")
+        if kind == "garbage":
+            shard.write_text("precious")
+        return shard.read_bytes()
+
+    fragile["fails"] = False
+    stopped = run(rows, tmp_path / "out", pipe, shards=2, should_stop=lambda: bool(fragile["calls"]))
+    assert stopped.done == 2
+    content, words = put(), r"shard-000001.tar (holds 'mine.txt', which|is not a readable shard)"
+    for attempt in (planned, functools.partial(run, pipe=pipe)):
+        with pytest.raises(BatchError, match=words):
+            attempt(folder=tmp_path / "out", rows=rows, shards=2)
+    assert shard.read_bytes() == content
+    shard.unlink()
+    with pytest.raises(DiffaccelError, match=words):  # it may also appear while the batch runs
+        run(rows, tmp_path / "out", pipe, shards=2, on_progress=lambda progress: shard.exists() or put())
+    assert shard.read_bytes() == content
+    assert run(rows, tmp_path / "out", pipe, shards=2, on_change="overwrite").exit_code == 0
+    with tarfile.open(shard) as archive:
+        assert len(archive.getnames()) == 6
+
+
 def test_a_list_is_never_replaced_by_its_manifest(pipe, tmp_path):
     source = tmp_path / "manifest.jsonl"
     source.write_text('{"prompt": "mine"}\n')
@@ -626,7 +849,8 @@ def test_estimates_say_what_they_rest_on(pipe, tmp_path):
 
 def test_a_list_of_which_every_row_differs_is_estimated_from_a_few_calls(pipe, tmp_path, monkeypatch):
     """A call for each of these kinds would take as long as the pictures."""
-    estimating = sys.modules["diffaccel.batch.estimate"]  # the function of this name shadows it
+    from diffaccel.batch import timing as estimating
+
     calls, call = [], estimating._Timing._timed
 
     def counted(self, rows, steps):

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffaccel.batch.engine import run_batch as run_batch
-    from diffaccel.batch.estimate import Estimate as Estimate
-    from diffaccel.batch.estimate import estimate as estimate
     from diffaccel.batch.plan import BatchPlan as BatchPlan
-    from diffaccel.batch.plan import plan_batch as plan_batch
+    from diffaccel.batch.planning import plan_batch as plan_batch
     from diffaccel.batch.settings import BatchError as BatchError
     from diffaccel.batch.settings import BatchFailure as BatchFailure
     from diffaccel.batch.settings import BatchProgress as BatchProgress
     from diffaccel.batch.settings import BatchReport as BatchReport
     from diffaccel.batch.settings import BatchSettings as BatchSettings
     from diffaccel.batch.settings import RowProblem as RowProblem
+    from diffaccel.batch.timing import Estimate as Estimate
+    from diffaccel.batch.timing import estimate as estimate
 
 _HOME = {
     "BatchSettings": "settings",
@@ -32,9 +32,9 @@ _HOME = {
     "BatchReport": "settings",
     "RowProblem": "settings",
     "BatchPlan": "plan",
-    "plan_batch": "plan",
-    "Estimate": "estimate",
-    "estimate": "estimate",
+    "plan_batch": "planning",
+    "Estimate": "timing",
+    "estimate": "timing",
     "run_batch": "engine",
 }
 

@@ -25,17 +25,33 @@ def converted(pipe: Any, name: str, value: Any) -> Any:
     """The value as the argument's annotation wants it: lists may become tuples, 2.0 (a table's way to write 2) an int.
 
     Raises:
-        BatchError: the annotation takes nothing of this kind.
+        BatchError: the annotation takes nothing of this kind, or the installed libraries fail with the argument.
     """
     pipeline: Any = type(pipe)
     hint = _hints(pipeline).get(name, Any)
     for kind in _kinds(hint):
         found = _as(kind, value)
         if found is not _NO:
+            if name == "clip_skip" and found is not None:
+                _refuse_clip_skip(pipe)
             return found
     words = list(dict.fromkeys(_FILLS[base] for kind in _kinds(hint) if (base := _base(kind)) in _FILLS))
     wanted = f"is {' or '.join(words)}" if words else "cannot be given in a list of rows"
     raise BatchError(f"{name} of {type(pipe).__name__} {wanted}, not {value!r}.")
+
+
+def _refuse_clip_skip(pipe: Any) -> None:
+    """transformers 5 dissolved the part of CLIP that Stable Diffusion pipelines up to diffusers 0.42 ask for its last norm."""
+    names = getattr(getattr(type(pipe), "encode_prompt", None), "__code__", None)
+    asks = names is not None and {"text_model", "final_layer_norm"} <= set(names.co_names)
+    if asks and not hasattr(pipe.text_encoder, "text_model"):
+        import diffusers
+        import transformers
+
+        raise BatchError(
+            f"clip_skip of {type(pipe).__name__} does not work with diffusers {diffusers.__version__} and transformers "
+            f"{transformers.__version__} together; leave it out, or install transformers<5."
+        )
 
 
 _NO = object()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from diffaccel.batch.fields import Row, is_prompt
 from diffaccel.batch.plan import BatchPlan, Group
 from diffaccel.batch.settings import BatchError, RowProblem
 from diffaccel.errors import DiffaccelError
-from diffaccel.generate import Job, Settings, call_arguments, check_size, describe_picture
+from diffaccel.generate import Job, Settings, call_arguments, check_size, check_steps, describe_picture
 from diffaccel.metadata import Generation
 from diffaccel.recipe import Recipe
-from diffaccel.report import Report
+from diffaccel.report import Report, refuse_broken
 from diffaccel.wrapping import AcceleratedPipeline, wrap
 
 
@@ -33,7 +34,7 @@ class Caller:
         self.pipe = fast_or_pipe if own is None else own.pipe
         self._wrapped = {"": own} if own is not None else {}
         self.notes: list[str] = []
-        self._left_out: frozenset[str] = frozenset()
+        self._verdicts: dict[Hashable, str] = {}
 
     def wrapped(self, recipe: str) -> AcceleratedPipeline:
         """The pipeline with a recipe of the plan; "" is the pipeline's own, or none."""
@@ -42,61 +43,88 @@ class Caller:
         return self._wrapped[recipe]
 
     def check(self) -> None:
-        """Raise `BatchError` with the rows whose recipe, size or arguments this pipeline cannot take."""
+        """Raise `BatchError` with the rows whose recipe, size, steps or arguments this pipeline cannot take.
+
+        Columns that are to be ignored are no longer in `plan` afterwards.
+        """
         known = possible_arguments(self.pipe)
-        given = {name for group in self.plan.groups for name, _ in group.extras}
+        given = {name for row in self.plan.rows for name, _ in row.extras} | {name for name, _ in self.plan.undecided}
         unknown = sorted(given - known)
         if unknown and self.plan.settings.ignore_unknown_columns:
-            self._left_out = frozenset(unknown)
+            self.plan = self.plan.without(unknown)
             self.notes.append(f"Columns left out, because the pipeline has no such argument: {', '.join(unknown)}.")
             unknown = []
-        problems = [
-            RowProblem(
-                0, f"The column {name!r} is no column of a batch and no call argument of {type(self.pipe).__name__}."
-            )
-            for name in unknown
-        ]
-        if not problems:
-            problems = [problem for group in self.plan.groups for problem in self._problems(group)]
+        problems = [self._unknown(name) for name in unknown] or list(self._problems())
         if problems:
             raise BatchError.of(problems)
 
-    def _problems(self, group: Group) -> Iterator[RowProblem]:
-        try:
-            self.wrapped(group.recipe)
-            check_size(self.pipe, group.size)
-            self.arguments([self.plan.rows[group.rows[0]]])  # and the values of its further arguments
-        except DiffaccelError as error:
-            for index in group.rows:
-                yield RowProblem(index + 1, str(error))
+    def _unknown(self, name: str) -> RowProblem:
+        pipeline = type(self.pipe).__name__
+        return RowProblem(0, f"The column {name!r} is no column of a batch and no call argument of {pipeline}.")
+
+    def _problems(self) -> Iterator[RowProblem]:
+        yield from (problem for _, problem in self.plan.undecided)
+        told = {problem.row for _, problem in self.plan.undecided}
+        for group in self.plan.groups:
+            if wrong := self._wrong(group):
+                yield from (RowProblem(index + 1, wrong) for index in group.rows if index + 1 not in told)
+
+    def _wrong(self, group: Group) -> str:
+        """Why the pipeline cannot take these rows; empty if it can. In a long list most groups differ in one value only,
+        so each question is asked once."""
+        first = [self.plan.rows[group.rows[0]]]
+        questions: dict[Hashable, Callable[[], object]] = {
+            ("recipe", group.recipe): lambda: self.wrapped(group.recipe),
+            ("size", group.size): lambda: check_size(self.pipe, group.size),
+            ("steps", group.steps): lambda: check_steps(self.pipe, group.steps),
+            ("call", group.guidance_scale is None, group.negative): lambda: self._common(first),
+        }
+        for name, value in group.extras:
+            if not is_prompt(name):
+                questions["value", name, value] = functools.partial(self._value, name, value)
+        return next((wrong for key, ask in questions.items() if (wrong := self._verdict(key, ask))), "")
+
+    def _verdict(self, key: Hashable, ask: Callable[[], object]) -> str:
+        if key not in self._verdicts:
+            try:
+                ask()
+                self._verdicts[key] = ""
+            except DiffaccelError as error:
+                self._verdicts[key] = str(error)
+        return self._verdicts[key]
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Call arguments for rows of one group."""
-        first = rows[0]
+        return self._common(rows) | {name: self._extra(name, rows) for name, _ in rows[0].extras}
+
+    def _common(self, rows: Sequence[Row]) -> dict[str, Any]:
         jobs = [Job(row.prompt, row.seed, Path()) for row in rows]
-        arguments = call_arguments(self.pipe, jobs, self._settings(first))
-        if first.negative_prompt:
+        arguments = call_arguments(self.pipe, jobs, self._settings(rows[0]))
+        if rows[0].negative_prompt:
             arguments["negative_prompt"] = [row.negative_prompt for row in rows]
-        for name, value in first.extras:
-            if name in self._left_out:
-                continue
-            texts = [dict(row.extras)[name] for row in rows]
-            arguments[name] = (
-                [json.loads(text) for text in texts]
-                if is_prompt(name)
-                else converted(self.pipe, name, json.loads(value))
-            )
         return arguments
+
+    def _extra(self, name: str, rows: Sequence[Row]) -> Any:
+        texts = [dict(row.extras)[name] for row in rows]
+        return list(map(json.loads, texts)) if is_prompt(name) else self._value(name, texts[0])
+
+    def _value(self, name: str, text: str) -> Any:
+        return converted(self.pipe, name, json.loads(text))
 
     def _settings(self, row: Row) -> Settings:
         return Settings(row.steps, row.guidance_scale, row.negative_prompt, row.size)
 
     def call(self, rows: Sequence[Row]) -> tuple[list[Any], Report]:
-        """The pictures of rows of one group, and what the call did."""
+        """The pictures of rows of one group, and what the call did.
+
+        Raises:
+            BrokenPicture: one of them holds NaN or infinite values.
+        """
         fast = self.wrapped(rows[0].recipe)
         images = list(fast(**self.arguments(rows)).images)
         if len(images) != len(rows):
             raise BatchError(f"{type(self.pipe).__name__} made {len(images)} pictures of {len(rows)} prompts.")
+        refuse_broken(fast.report)
         assert fast.report is not None  # set by every call
         return images, fast.report
 

@@ -181,7 +181,12 @@ class Claims:
             return ""
 
     def try_claim(self, unit: str, attempt: int) -> bool:
-        """Make an attempt ours; False if someone else has it."""
+        """Make an attempt ours; False if someone else has it.
+
+        Raises:
+            FileNotFoundError: there are no claims any more: all is done and another worker has tidied up, or somebody
+                moved or removed the folder.
+        """
         path = self.folder / f"{unit}.{attempt}"
         temporary = self.folder / f".{self.member.name}"
         try:
@@ -193,6 +198,8 @@ class Claims:
             return (
                 self.owner(unit, attempt) == self.member.name
             )  # on NFS a successful link can be reported as a failed one
+        except FileNotFoundError:
+            raise
         except OSError:  # no hard links here, or too many of them
             return self._create(path)
 
@@ -201,7 +208,7 @@ class Claims:
             with path.open("x") as file:
                 file.write(self.member.name)
             return True
-        except (FileExistsError, FileNotFoundError):  # taken; or all is done, and another worker has tidied up
+        except FileExistsError:
             return False
 
     def is_mine(self, unit: str, attempt: int) -> bool:

@@ -19,7 +19,8 @@ from diffaccel.batch.folder import check_change, prepare
 from diffaccel.batch.generating import Generator
 from diffaccel.batch.identity import identity
 from diffaccel.batch.manifest import check_manifest
-from diffaccel.batch.plan import BatchPlan, find_change
+from diffaccel.batch.plan import BatchPlan
+from diffaccel.batch.planning import find_change
 from diffaccel.batch.settings import BatchError, BatchFailure, BatchProgress, BatchReport
 from diffaccel.batch.state import Saved, Store
 from diffaccel.batch.tally import Tally
@@ -51,16 +52,17 @@ def run_batch(
         batches: numbers of the plan's batches to work on; default: all.
     Raises:
         BatchError: before the first picture: rows this pipeline cannot take, or a folder that holds another batch.
-        OutputError: a file cannot be written. What is complete by then stays and counts.
+        OutputError: a file cannot be written, or the folder was moved or removed. What is complete by then stays and counts.
     """
     caller = Caller(plan, fast_or_pipe, model or _name_of(fast_or_pipe))
     caller.check()
+    plan = caller.plan
     check_manifest(plan.settings.manifest)
     pipeline = _pipeline(plan, caller)
     store = Store(plan.output)
     store.create()
     with (
-        _disk_errors(plan.output),
+        _disk_errors(store),
         Member(store.workers, plan.settings.lease, plan.digest(pipeline)) as member,
     ):
         prepare(plan, store, member, pipeline)
@@ -73,12 +75,20 @@ def run_batch(
 
 
 @contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
+def _disk_errors(store: Store) -> Iterator[None]:
     """What the disk refuses to journals, claims and signs of life, as a sentence; pictures have their own."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"Cannot write to {output}: {(error.strerror or str(error)).lower()}.") from error
+    except (OSError, OutputError) as error:
+        if lost := store.lost():
+            raise _lost(lost) from error
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"Cannot write to {store.output}: {(error.strerror or str(error)).lower()}.") from error
+
+
+def _lost(folder: Path) -> OutputError:
+    return OutputError(f"{folder} was moved or removed while the batch was running; start the same command again.")
 
 
 def known_model(plan: BatchPlan, fast_or_pipe: Any) -> BatchPlan:
@@ -89,6 +99,7 @@ def known_model(plan: BatchPlan, fast_or_pipe: Any) -> BatchPlan:
     """
     caller = Caller(plan, fast_or_pipe, "")
     caller.check()
+    plan = caller.plan
     saved = Store(plan.output).saved()
     if saved is None:
         return plan
@@ -113,7 +124,7 @@ def finish_batch(plan: BatchPlan, *, on_progress: OnProgress | None = None) -> B
     if saved is None or find_change(plan, saved) != "same":
         raise BatchError(f"{plan.output} does not hold this batch.")
     with (
-        _disk_errors(plan.output),
+        _disk_errors(store),
         Member(store.workers, plan.settings.lease, plan.digest(saved.pipeline)) as member,
     ):
         tally = Tally(plan, store, member, saved.pipeline, old_failures=True)
@@ -165,13 +176,16 @@ class Worker:
         """Work until all given batches are settled, or a reason to stop."""
         self.on_progress, self.should_stop = on_progress, should_stop
         self.finisher.pack_complete()
-        open_batches = self._unsettled(range(len(self.plan.batches)) if batches is None else batches)
+        count = len(self.plan.batches)  # without ignored columns there may be fewer than those that were handed out
+        open_batches = self._unsettled(range(count) if batches is None else [n for n in batches if n < count])
         on_progress(self.tally.progress())
         while open_batches and not self._stops():
             if not self._pass(open_batches):
                 self.tally.absorb_own(self.writer.drain())
             self.tally.refresh()
             before, open_batches = open_batches, self._unsettled(open_batches)
+            if open_batches:
+                self._check_there()
             if open_batches == before:  # others hold what is left
                 time.sleep(min(1.0, self.plan.settings.lease / 20))
             on_progress(self.tally.progress())
@@ -195,6 +209,7 @@ class Worker:
         for number in batches:
             if self._stops():
                 break
+            self._check_there()
             attempt = self._claim(number, attempts.get(str(number), -1))
             if attempt is not None:
                 self._work(number, attempt)
@@ -210,10 +225,21 @@ class Worker:
             self.tally.refresh()  # its owner may have finished some of it, or all before it ended
             if all(map(self.tally.is_settled, self.plan.batches[number].rows)):
                 return None
-        if not self.claims.try_claim(unit, last + 1):
-            return None
+        try:
+            if not self.claims.try_claim(unit, last + 1):
+                return None
+        except FileNotFoundError:
+            self.tally.refresh()
+            if not all(map(self.tally.is_settled, self.plan.batches[number].rows)):
+                raise
+            return None  # another worker has finished and tidied up
         self.taken_over += last >= 0
         return last + 1
+
+    def _check_there(self) -> None:
+        """Nothing else would notice a folder that was moved: without claims, all rows look like another worker's."""
+        if lost := self.store.lost():
+            raise _lost(lost)
 
     def _work(self, number: int, attempt: int) -> None:
         batch = self.plan.batches[number]

@@ -69,10 +69,23 @@ class _Wrong(ValueError):
     """A problem of one cell, as a sentence without its full stop."""
 
 
-def parse_rows(
-    raw: Sequence[RawRow], settings: BatchSettings, folder: Path | None, bad: set[int]
-) -> tuple[list[Row], dict[str, Recipe], list[RowProblem]]:
-    """Rows, the recipes they use by key, and all problems.
+@dataclass
+class Parsed:
+    """What a list was read as.
+
+    Attributes:
+        recipes: those that rows use, by key.
+        undecided: wrong values by column, of columns that are ignored unless the pipeline turns out to know them.
+    """
+
+    rows: list[Row]
+    recipes: dict[str, Recipe]
+    problems: list[RowProblem]
+    undecided: list[tuple[str, RowProblem]]
+
+
+def parse_rows(raw: Sequence[RawRow], settings: BatchSettings, folder: Path | None, bad: set[int]) -> Parsed:
+    """Rows and all problems.
 
     Args:
         folder: where recipe files that a row names must lie; None: rows may not name files.
@@ -80,17 +93,18 @@ def parse_rows(
     """
     recipes = _Recipes(folder)
     default = recipes.add(settings.recipe) if settings.recipe is not None else ""
-    rows, problems = [], list(_missing_columns(raw, bad))
+    found = Parsed([], recipes.known, list(_missing_columns(raw, bad)), [])
     for index, cells in enumerate(raw):
         if index + 1 in bad:
             continue
-        found = _Cells(index, cells, settings, recipes, default)
-        row = found.row()
-        problems.extend(RowProblem(index + 1, f"{sentence}.") for sentence in found.problems)
+        reading = _Cells(index, cells, settings, recipes, default)
+        row = reading.row()
+        found.problems.extend(RowProblem(index + 1, f"{sentence}.") for sentence in reading.problems)
+        found.undecided.extend((name, RowProblem(index + 1, f"{said}.")) for name, said in reading.undecided)
         if row is not None:
-            rows.append(row)
-    problems.extend(_twice(rows))
-    return rows, recipes.known, problems
+            found.rows.append(row)
+    found.problems.extend(_twice(found.rows))
+    return found
 
 
 def _missing_columns(raw: Sequence[RawRow], bad: set[int]) -> Iterator[RowProblem]:
@@ -115,8 +129,10 @@ class _Cells:
 
     def __init__(self, index: int, cells: RawRow, settings: BatchSettings, recipes: _Recipes, recipe: str) -> None:
         self.index, self.settings, self.recipes, self.recipe = index, settings, recipes, recipe
-        self.cells = {name: value for name, value in cells.items() if not _is_empty(value)}
+        plain = {name: _plain(value) for name, value in cells.items()}
+        self.cells = {name: value for name, value in plain.items() if not _is_empty(value)}
         self.problems: list[str] = []
+        self.undecided: list[tuple[str, str]] = []
 
     def row(self) -> Row | None:
         settings = self.settings
@@ -160,7 +176,17 @@ class _Cells:
 
     def _extras(self) -> tuple[tuple[str, str], ...]:
         names = sorted(set(self.cells) - set(COLUMNS) - set(OWN))
-        return tuple((name, self.get(name, functools.partial(_argument, name), "")) for name in names)
+        return tuple((name, self._extra(name)) for name in names)
+
+    def _extra(self, name: str) -> str:
+        """The value as JSON text. Where unknown columns are ignored, a wrong one is a problem only if the column is known."""
+        if not self.settings.ignore_unknown_columns:
+            return str(self.get(name, functools.partial(_argument, name), ""))
+        try:
+            return _argument(name, self.cells[name])
+        except _Wrong as error:
+            self.undecided.append((name, f"{name}: {error}"))
+            return json.dumps(repr(self.cells[name]))
 
     def _name(self, value: Any) -> str:
         try:
@@ -254,10 +280,17 @@ def _row_key(row: Row, settings: BatchSettings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and the like as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
+
+
 def _is_empty(value: Any) -> bool:
-    """Not given: nothing, blanks, or the NaN that table tools store for an empty cell."""
+    """Not given: nothing, blanks, or what table tools store for an empty cell (NaN, pandas' NA and NaT)."""
     if isinstance(value, float):
         return math.isnan(value)
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return True
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -18,7 +18,9 @@ from diffaccel.batch.plan import BatchPlan
 from diffaccel.batch.shards import Sample, member_of, pack
 from diffaccel.batch.sheet import MOST, draw_sheet, small
 from diffaccel.batch.state import Store, sync_folder
+from diffaccel.batch.strangers import foreign_members
 from diffaccel.batch.tally import Tally
+from diffaccel.output import OutputError
 
 
 class Finisher:
@@ -32,6 +34,7 @@ class Finisher:
         self.plan, self.store, self.claims, self.member, self.tally = plan, store, claims, member, tally
         self.manifest: Path | None = None
         self._packed: set[int] = set()
+        self._overwrite = plan.settings.on_change == "overwrite"
 
     def pack_complete(self) -> None:
         """Pack shards all of whose rows are done and wait."""
@@ -75,7 +78,7 @@ class Finisher:
             mine_or_free = (
                 last < 0 or self.claims.owner(unit, last) == self.member.name or self.claims.is_free(unit, last)
             )
-            if not mine_or_free or not self.claims.try_claim(unit, last + 1):
+            if not mine_or_free or not self._claim(unit, last + 1, waiting):
                 return False
             self.tally.refresh()  # a packer that knew fewer rows than the one before would drop them
             done = [index for index in self._rows(number) if index in self.tally.done]
@@ -86,10 +89,20 @@ class Finisher:
             self._packed.add(number)
         return True
 
+    def _claim(self, unit: str, attempt: int, waiting: list[Path]) -> bool:
+        try:
+            return self.claims.try_claim(unit, attempt)
+        except FileNotFoundError:
+            if any(path.exists() for path in waiting):
+                raise
+            return False  # another worker has packed them and tidied up
+
     def _write_shard(self, done: list[int]) -> None:
         rows = [self.plan.rows[index] for index in done]
         path = self.plan.shard(rows[0])
         assert path is not None
+        if not self._overwrite and (foreign := foreign_members(self.plan, path)):
+            raise OutputError(f"{path} holds {foreign[0]!r}, which this batch did not put there; move it away.")
         samples = [Sample(row.name, self.plan.path(row), self._entry(row.index)) for row in rows]
         self.store.publish(path, functools.partial(pack, path, samples), self.member.name)
         sync_folder(path.parent)
@@ -107,15 +120,15 @@ class Finisher:
                 failed = {"row": row.number, "status": "failed", "error": failures[row.index]}
                 records.append({**failed, "prompt": row.prompt, "seed": row.seed})
         path = self.plan.manifest
-        self.store.publish(path, encode_manifest(records, self.plan.settings.manifest), self.member.name)
-        sync_folder(path.parent)
+        content = encode_manifest(records, self.plan.settings.manifest)
+        self.store.publish_summary(path, content, self.member.name, overwrite=self._overwrite)
         self.manifest = path
 
     def _write_sheet(self) -> None:
         shown = [index for index in range(len(self.plan.rows)) if index in self.tally.done][:MOST]
         pictures = [self._picture(index) for index in shown]
         content = draw_sheet([self.tally.done[index] for index in shown], pictures, len(self.tally.done))
-        self.store.publish(self.plan.contact_sheet, content, self.member.name)
+        self.store.publish_summary(self.plan.contact_sheet, content, self.member.name, overwrite=self._overwrite)
 
     def _picture(self, index: int) -> Image.Image:
         row = self.plan.rows[index]

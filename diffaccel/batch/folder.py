@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.claims import Claims, Member
-from diffaccel.batch.plan import BatchPlan, find_change, record_key
+from diffaccel.batch.plan import BatchPlan, record_key
+from diffaccel.batch.planning import find_change
 from diffaccel.batch.settings import BatchError
 from diffaccel.batch.state import Ledger, Saved, Store
+from diffaccel.batch.strangers import refuse_strangers
 
 SETUP = "setup"
 
@@ -21,8 +23,8 @@ def prepare(plan: BatchPlan, store: Store, member: Member, pipeline: str) -> Non
     """Make the folder hold this plan, or find that it does.
 
     Raises:
-        BatchError: it holds another batch and `on_change` does not allow the change, or workers are busy with that one, or
-            with this one cut into other batches.
+        BatchError: it holds another batch and `on_change` does not allow the change, or files of others in the way, or
+            workers are busy with that one, or with this one cut into other batches.
     """
     wanted = Saved(tuple(row.key for row in plan.rows), plan.layout, pipeline)
     claims = Claims(store.claims / SETUP, member)
@@ -48,6 +50,7 @@ def _change(plan: BatchPlan, store: Store, member: Member, wanted: Saved) -> Non
     saved = store.saved()
     if saved == wanted:
         return
+    refuse_strangers(plan, saved)
     if saved is not None:
         check_change(plan, saved, wanted)
         _refuse_strangers(store, member, same_pictures=False)

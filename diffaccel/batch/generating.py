@@ -49,8 +49,8 @@ class Generator:
             try:
                 images, report = self.caller.call(part)
             except Exception as error:  # noqa: BLE001  (whatever a row does to a pipeline is that row's failure)
-                if _out_of_memory(error):
-                    _free()
+                if out_of_memory(error):
+                    free_memory()
                     if size > 1:
                         self._shrink(group, part)
                         continue
@@ -72,13 +72,15 @@ class Generator:
         log.warning(note)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether a smaller batch may do what this one could not."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Let go of what the failed call has left on the device."""
     from accelerate.utils.memory import clear_device_cache
 
     clear_device_cache(garbage_collection=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.settings import BatchError, RowProblem
+from diffaccel.text_files import read_text
 
 RawRow = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def read_rows(
     except OSError as error:
         raise BatchError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
     except UnicodeDecodeError as error:
-        raise BatchError(f"{path} is not a text file in UTF-8.") from error
+        raise BatchError(f"{path} is not a text file in UTF-8: {error.reason}.") from error
     if not rows:
         raise BatchError(f"{path} holds no rows.")
     return rows, problems
@@ -92,24 +93,31 @@ def _from_mappings(source: Sequence[RawRow]) -> tuple[list[RawRow], list[RowProb
 
 
 def _read_csv(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProblem]]:
-    with io.StringIO(_content(path), newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         lines = csv.reader(file, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             filled = (line for line in lines if any(cell.strip() for cell in line))
-            header = [name.strip() for name in next(filled, [])]
+            header = _without_empty_end([name.strip() for name in next(filled, [])])
             _check_header(path, header)
             cells = limits.take(path, filled)
         except csv.Error as error:
             raise BatchError(f"{path}, line {lines.line_num}: {error}.") from error
     rows: list[RawRow] = []
     problems = []
-    for number, line in enumerate(cells, 1):
+    for number, given in enumerate(cells, 1):
+        line = given[: len(header)] + _without_empty_end(given[len(header) :])
         if len(line) != len(header):
             problems.append(RowProblem(number, f"it has {len(line)} cells, the header has {len(header)}."))
             rows.append({})
         else:
             rows.append(dict(zip(header, line, strict=True)))
     return rows, problems
+
+
+def _without_empty_end(cells: list[str]) -> list[str]:
+    """Without the empty columns that spreadsheets write behind the last one."""
+    used = [place for place, cell in enumerate(cells, 1) if cell.strip()]
+    return cells[: max(used, default=0)]
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -179,15 +187,7 @@ def _read_text(path: Path, limits: Limits) -> tuple[list[RawRow], list[RowProble
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines that are not empty; only a line feed ends one."""
-    return (line for line in _content(path).split("\n") if line.strip())
-
-
-def _content(path: Path) -> str:
-    """The text of a file. One in UTF-16 without its mark is valid UTF-8 as well, but full of NUL characters."""
-    text = path.read_text(encoding="utf-8-sig")
-    if "\0" in text:
-        raise BatchError(f"{path} is not a text file in UTF-8: it holds NUL characters.")
-    return text
+    return (line for line in read_text(path).split("\n") if line.strip())
 
 
 _READERS: dict[str, Callable[[Path, Limits], tuple[list[RawRow], list[RowProblem]]]] = {

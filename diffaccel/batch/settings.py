@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,33 @@ class BatchError(DiffaccelError):
     def of(cls, problems: Sequence[RowProblem]) -> BatchError:
         """One error for all problems of a list."""
         ordered = sorted(problems, key=lambda problem: problem.row)
-        lines = [str(problem) for problem in ordered[:SHOWN_PROBLEMS]]
-        if len(ordered) > SHOWN_PROBLEMS:
-            lines.append(f"and {len(ordered) - SHOWN_PROBLEMS} more.")
         noun = "problem" if len(ordered) == 1 else "problems"
-        return cls("\n".join([f"{len(ordered)} {noun} in the list, nothing was generated:", *lines]), ordered)
+        said = f"{len(ordered)} {noun} in the list, nothing was generated:"
+        return cls("\n".join([said, *summary(ordered, SHOWN_PROBLEMS)]), ordered)
+
+
+def summary(problems: Sequence[RowProblem], most: int) -> list[str]:
+    """One line a problem, or if there are more than so many, one for each kind: the first of it, and how many there are."""
+    if len(problems) <= most:
+        return [str(problem) for problem in problems]
+    kinds: dict[str, list[RowProblem]] = {}
+    for problem in problems:
+        kinds.setdefault(_kind(problem.sentence), []).append(problem)
+    lines = [_all_of(found) for found in list(kinds.values())[:most]]
+    if len(kinds) > most:
+        lines.append(f"and {sum(map(len, list(kinds.values())[most:]))} more of {len(kinds) - most} other kinds")
+    return lines
+
+
+def _kind(sentence: str) -> str:
+    """A problem without the values that it names."""
+    return re.sub(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|-?\d[\d.e+-]*", "…", sentence)
+
+
+def _all_of(found: Sequence[RowProblem]) -> str:
+    if len(found) == 1:
+        return str(found[0])
+    return f"{found[0]} And so in {len(found) - 1} more, the last is row {found[-1].row}."
 
 
 class BatchSettings(BaseModel):

@@ -26,15 +26,24 @@ class Sample:
     record: Mapping[str, Any]
 
 
-def names_in(path: Path) -> frozenset[str]:
-    """Names of the samples of a shard."""
+def members_in(path: Path) -> frozenset[str]:
+    """Names of everything in a shard.
+
+    Raises:
+        BatchError: it cannot be read.
+    """
     try:
         with tarfile.open(path, "r:") as archive:
-            return frozenset(Path(name).stem for name in archive.getnames() if name.endswith(".json"))
+            return frozenset(archive.getnames())
     except (OSError, tarfile.TarError) as error:
         raise BatchError(
             f"{path} is not a readable shard: {error}; remove it to have its pictures made again."
         ) from error
+
+
+def names_in(path: Path) -> frozenset[str]:
+    """Names of the samples of a shard."""
+    return frozenset(Path(name).stem for name in members_in(path) if name.endswith(".json"))
 
 
 def pack(path: Path, samples: Sequence[Sample], file: BinaryIO) -> None:
@@ -47,7 +56,9 @@ def pack(path: Path, samples: Sequence[Sample], file: BinaryIO) -> None:
         BatchError: a picture is in neither place.
     """
     with contextlib.ExitStack() as stack:
-        old = stack.enter_context(tarfile.open(path, "r:")) if path.exists() else None
+        old = _opened(path)
+        if old is not None:
+            stack.enter_context(old)
         members = {} if old is None else {member.name: member for member in old}
         archive = stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
         for sample in samples:
@@ -57,6 +68,13 @@ def pack(path: Path, samples: Sequence[Sample], file: BinaryIO) -> None:
             _add(archive, sample.picture.name, picture)
             _add(archive, f"{sample.name}.txt", str(sample.record["prompt"]).encode())
             _add(archive, f"{sample.name}.json", json.dumps(sample.record, sort_keys=True).encode())
+
+
+def _opened(path: Path) -> tarfile.TarFile | None:
+    try:
+        return tarfile.open(path, "r:")
+    except (FileNotFoundError, tarfile.TarError):  # what is no shard holds none of the pictures
+        return None
 
 
 def _picture(path: Path, old: tarfile.TarFile | None, members: Mapping[str, tarfile.TarInfo]) -> bytes | None:

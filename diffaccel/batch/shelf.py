@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from diffaccel.batch.fields import Row
+from diffaccel.batch.plan import BatchPlan
 from diffaccel.batch.shards import member_of, names_in
-
-
-class Places(Protocol):
-    """Where the pictures of rows belong: a `BatchPlan`."""
-
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    def path(self, row: Row) -> Path: ...
-    def shard(self, row: Row) -> Path | None: ...
 
 
 class Shelf:
     """Whether recorded pictures are still there as recorded: in the folder, waiting for a shard, or in it."""
 
-    def __init__(self, plan: Places) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
         self._inside: dict[Path, tuple[int, frozenset[str]]] = {}
 

@@ -4,6 +4,7 @@
     OUT/.diffaccel/journal/*.jsonl  one file per worker, only ever appended to; a row counts once its line is complete
     OUT/.diffaccel/staging/         finished pictures that wait for their shard
     OUT/.diffaccel/tmp/             files being written
+    OUT/.diffaccel/written/         empty files named after the content of manifests and sheets that workers wrote
     OUT/.diffaccel/workers, claims  see `claims.py`
 
 A picture's line is written after its file is complete under its final name, so a process may die at any moment.
@@ -12,6 +13,7 @@ A picture's line is written after its file is complete under its final name, so 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -25,6 +27,7 @@ from diffaccel.output import OutputError
 
 HOME = ".diffaccel"
 SCHEMA = 1
+SUMMARIES = ("manifest.jsonl", "manifest.parquet", "contact-sheet.png")
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class Store:
     def __init__(self, output: Path) -> None:
         self.output, self.home = output, output / HOME
         self.journals, self.staging, self.claims = self.home / "journal", self.home / "staging", self.home / "claims"
-        self.workers, self.temporary = self.home / "workers", self.home / "tmp"
+        self.workers, self.temporary, self.written = self.home / "workers", self.home / "tmp", self.home / "written"
         self.plan = self.home / "plan.json"
 
     def _folders(self) -> tuple[Path, ...]:
-        return self.journals, self.staging, self.claims, self.workers, self.temporary
+        return self.journals, self.staging, self.claims, self.workers, self.temporary, self.written
 
     def check(self) -> None:
         """Raise `BatchError` if the state lies elsewhere: following a link would write outside the output folder."""
@@ -68,10 +71,17 @@ class Store:
         """Make the folders."""
         self.check()
         try:
+            adopted = [path for path in map(self.output.joinpath, SUMMARIES) if self.has_written(path)]
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
+            for path in adopted:
+                (self.written / _mark(path.name, path.read_bytes())).touch()
         except OSError as error:
             raise BatchError(f"Cannot write to {self.output}: {(error.strerror or str(error)).lower()}.") from error
+
+    def lost(self) -> Path | None:
+        """The first folder that is no longer there since `create`; None if all are."""
+        return next((folder for folder in (self.output, *self._folders()) if not folder.is_dir()), None)
 
     def saved(self) -> Saved | None:
         """The plan the folder was filled by; None in a folder without a batch.
@@ -120,12 +130,42 @@ class Store:
                 raise OutputError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
             raise
 
+    def has_written(self, path: Path) -> bool:
+        """Whether a file of the folder is one that a worker of its batch wrote, as it is.
+
+        Batches of earlier versions kept no account of that; theirs counts as written.
+        """
+        if not self.written.is_dir():
+            return path.is_file() and self.plan.exists()
+        return path.is_file() and (self.written / _mark(path.name, path.read_bytes())).exists()
+
+    def publish_summary(self, path: Path, content: bytes, worker: str, *, overwrite: bool) -> None:
+        """`publish` for a file that is written again at the end of every run, and only over one that was written so.
+
+        Raises:
+            OutputError: a file of somebody else has its name.
+        """
+        if not overwrite and os.path.lexists(path) and not self.has_written(path):
+            raise OutputError(
+                f"{path} exists already, and this batch did not write it as it is; move it away and start again."
+            )
+        (
+            self.written / _mark(path.name, content)
+        ).touch()  # before the file itself: a kill between the two does no harm
+        sync_folder(self.written)
+        self.publish(path, content, worker)
+        sync_folder(path.parent)
+
     def tidy(self, is_alive: Callable[[str], bool]) -> None:
         """Remove what dead workers left half-written."""
         for path in self.temporary.iterdir():
             if not is_alive(path.name.rpartition("~")[0]):
                 with contextlib.suppress(OSError):  # another worker tidies as well
                     path.unlink()
+
+
+def _mark(name: str, content: bytes) -> str:
+    return f"{name.casefold()}.{hashlib.sha256(content).hexdigest()}"
 
 
 def sync_folder(folder: Path) -> None:

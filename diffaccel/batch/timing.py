@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -11,10 +12,13 @@ from typing import Any
 
 from diffaccel.batch.calls import Caller
 from diffaccel.batch.fields import Row
+from diffaccel.batch.generating import free_memory, out_of_memory, sentence
 from diffaccel.batch.plan import BatchPlan, Group
+from diffaccel.batch.settings import BatchError, RowProblem
 from diffaccel.batch.state import Ledger, Store
+from diffaccel.generate import FEW_STEPS, can_do_steps
 
-TIMED_STEPS = (1, 3)
+MORE_STEPS = 2  # of the longer call: with 1 step, or the fewest that the scheduler can do, and so many more
 MOST_SIZES = 5  # timed; others by their pixels
 RECENT = 200  # pictures of the last run that count
 
@@ -39,10 +43,11 @@ def estimate(plan: BatchPlan, fast_or_pipe: Any, *, model: str = "") -> Estimate
     call is timed with 1 and 3 steps, without a recipe: an upper bound for rows with one.
 
     Raises:
-        BatchError: rows this pipeline cannot take.
+        BatchError: rows this pipeline cannot take, or a timed call that fails.
     """
     caller = Caller(plan, fast_or_pipe, model)
     caller.check()
+    plan = caller.plan
     left = 1 - plan.kept / len(plan.rows)
     records = [record for record in Ledger(Store(plan.output).journals).refresh() if record.get("status") == "done"]
     per_row = _from_records(plan, records)
@@ -57,20 +62,15 @@ def estimate(plan: BatchPlan, fast_or_pipe: Any, *, model: str = "") -> Estimate
 
 def _from_records(plan: BatchPlan, records: Sequence[dict[str, Any]]) -> list[float] | None:
     """Seconds per picture of each group; None if a kind of picture was never made here."""
-    found = []
-    for group in plan.groups:
-        recipe = plan.recipes[group.recipe].name if group.recipe else None
-        seconds = [
-            float(record["seconds"])
-            for record in records
-            if record["steps"] == group.steps
-            and (group.size is None or (record["width"], record["height"]) == group.size)
-            and recipe in (None, record["recipe"]["name"])
-        ]
-        if not seconds:
-            return None
-        found.append(statistics.fmean(seconds[-RECENT:]))
-    return found
+    known: dict[tuple[Any, ...], list[float]] = {}
+    for record in records:
+        size, recipe = (record["width"], record["height"]), record["recipe"]["name"]
+        for kind in itertools.product((record["steps"],), (size, None), (recipe, None)):  # None stands for any
+            known.setdefault(kind, []).append(float(record["seconds"]))
+    means = {kind: statistics.fmean(seconds[-RECENT:]) for kind, seconds in known.items()}
+    names = {key: recipe.name for key, recipe in plan.recipes.items()}
+    found = [means.get((group.steps, group.size, names.get(group.recipe))) for group in plan.groups]
+    return None if None in found else [seconds for seconds in found if seconds is not None]
 
 
 class _Timing:
@@ -113,10 +113,21 @@ class _Timing:
     def _measure(self, group: Group, size: tuple[int, int] | None) -> tuple[float, float]:
         """Seconds per picture of a call beside its steps, and of a step."""
         rows = [replace(self.plan.rows[index], size=size) for index in group.rows[: self.plan.settings.batch_size]]
-        short, longer = TIMED_STEPS
+        while True:
+            try:
+                return self._line(rows)
+            except Exception as error:
+                if not out_of_memory(error) or len(rows) == 1:
+                    number, reason = rows[0].number, sentence(error).rstrip(".")
+                    raise BatchError.of([RowProblem(number, f"a trial call fails: {reason}.")]) from error
+                free_memory()
+                rows = rows[: len(rows) // 2]
+
+    def _line(self, rows: Sequence[Row]) -> tuple[float, float]:
+        short = next((steps for steps in range(1, FEW_STEPS) if can_do_steps(self.caller.pipe, steps)), 1)
         self._timed(rows, short)  # the first call of a kind also warms up
-        first, second = self._timed(rows, short), self._timed(rows, longer)
-        per_step = max(0.0, second - first) / (longer - short)
+        first, second = self._timed(rows, short), self._timed(rows, short + MORE_STEPS)
+        per_step = max(0.0, second - first) / MORE_STEPS
         return max(0.0, first - per_step * short) / len(rows), per_step / len(rows)
 
     def _timed(self, rows: Sequence[Row], steps: int) -> float:
