@@ -7,6 +7,8 @@ Heavy imports sit inside the commands, so that `diffaccel --help` answers at onc
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from diffaccel.cli_batch import batch
 from diffaccel.cli_demo import demo
 from diffaccel.cli_erase import erase
 from diffaccel.cli_support import (
+    RECIPE_HELP,
     Debug,
     Equal,
     Guidance,
@@ -34,10 +37,12 @@ from diffaccel.cli_support import (
     Seed,
     Size,
     Steps,
+    Variant,
     console,
     print_version,
     progress,
     quiet_libraries,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ app = typer.Typer(
     help="Accelerate Hugging Face diffusers pipelines without touching them.",
     no_args_is_help=True,
     add_completion=False,
+    epilog='Try: diffaccel showcase, then diffaccel generate "a red circle" --recipe fast',
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -64,11 +70,13 @@ def _root(
     """Accelerate Hugging Face diffusers pipelines without touching them."""
 
 
-@app.command()
+@app.command(
+    epilog='Example: diffaccel generate "a red circle" "a blue star" --recipe fast --steps 25 -n 4 -o pictures'
+)
 def generate(
     prompts: Prompts,
     model: Model = "shapes-sd",
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Preset name or recipe file.")] = "balanced",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help=f"{RECIPE_HELP}.")] = "balanced",
     seed: Seed = 0,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -84,6 +92,7 @@ def generate(
     ] = False,
     device: Placement = None,
     dtype: Precision = None,
+    variant: Variant = None,
     attention: Annotated[
         str, typer.Option(help="Who computes dense attention: sdpa, flash3, sage, natten, flex or xformers.")
     ] = "sdpa",
@@ -97,11 +106,20 @@ def generate(
     chosen = resolve_recipe(recipe)
     jobs = work.plan(prompts, seed, count, OutputFolder(output, overwrite))
     settings = work.Settings(steps, _guidance(guidance, model), negative, size, batch_size, metadata=not no_metadata)
-    fast = diffaccel.wrap(_load(model, scheduler, device, dtype), chosen, attention_kernel=attention)
-    reports = list(work.generate(fast, jobs, settings, model=model, overwrite=overwrite))
-    _print_summary(reports, len(jobs), chosen.name)
-    for job in jobs:
-        typer.echo(job.path)
+    fast = diffaccel.wrap(_load(model, scheduler, device, dtype, variant), chosen, attention_kernel=attention)
+    saved: list[Path] = []
+    reports: list[Report] = []
+    try:
+        made = work.generate(fast, jobs, settings, model=model, overwrite=overwrite, on_saved=saved.append)
+        reports.extend(made)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted: {len(saved)} of {len(jobs)} pictures are in {output}.", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        if reports:
+            _print_summary(reports, len(saved), chosen.name)
+        for path in saved:
+            typer.echo(path)
 
 
 def _guidance(given: float | None, model: str) -> float | None:
@@ -110,11 +128,11 @@ def _guidance(given: float | None, model: str) -> float | None:
     return default_guidance(model) if given is None else given
 
 
-def _load(model: str, scheduler: str | None, device: str | None, dtype: str | None) -> Any:
+def _load(model: str, scheduler: str | None, device: str | None, dtype: str | None, variant: str | None) -> Any:
     from diffaccel.loading import load_pipeline, set_scheduler
 
     quiet_libraries()
-    pipe = load_pipeline(model, device=device, dtype=dtype)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     return pipe
@@ -133,18 +151,18 @@ def _print_summary(reports: list[Report], images: int, recipe: str) -> None:
         f"{flops:.3g}",
         f"{plain / flops:.2f}x" if flops else "",
     )
-    console().print(table)
+    show(table)
     for note in dict.fromkeys(note for report in reports for note in report.notes):
         typer.echo(f"note: {note}")
 
 
-@app.command()
+@app.command(epilog='Example: diffaccel compare "a red circle" --recipe balanced --recipe mine.json --equal time')
 def compare(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT...]", help="What to draw.")] = None,
     held_out: Annotated[int, typer.Option(min=0, help="Use N held-out prompts of a bundled model, and its judge.")] = 0,
     model: Model = "shapes-sd",
     recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", "-r", help="Preset or file; repeatable; default: balanced and fast.")
+        list[str] | None, typer.Option("--recipe", "-r", help=f"{RECIPE_HELP}; repeatable; default: balanced and fast.")
     ] = None,
     equal: Annotated[
         list[Equal] | None, typer.Option(help="What fewer steps are made equal to; repeatable; default: time.")
@@ -160,10 +178,12 @@ def compare(
     overwrite: Overwrite = False,
     device: Placement = None,
     dtype: Precision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Plain against recipes against fewer steps: a table, comparison.png and comparison.json."""
     from diffaccel import compare as work
+    from diffaccel.generate import check_steps
     from diffaccel.output import OutputFolder
     from diffaccel.pipelines.presets import resolve_recipe
 
@@ -171,7 +191,8 @@ def compare(
     cases, judge = _cases(prompts or [], held_out, model, seed)
     folder = OutputFolder(output, overwrite)
     picture, report = folder.claim("comparison.png"), folder.claim("comparison.json")
-    pipe = _load(model, scheduler, device, dtype)
+    pipe = _load(model, scheduler, device, dtype, variant)
+    check_steps(pipe, steps)
     with progress() as on_progress:
         found = work.compare(
             pipe,
@@ -215,14 +236,14 @@ def _size_arguments(pipe: Any, size: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _print_comparison(found: Comparison, output: Path) -> None:
-    console().print(found.table())
+    show(found.table())
     for note in found.notes:
         typer.echo(f"note: {note}")
     typer.echo(output / "comparison.png")
     typer.echo(output / "comparison.json")
 
 
-@app.command()
+@app.command(epilog="Example: diffaccel showcase -o out")
 def showcase(output: Output = Path("out"), overwrite: Overwrite = False, debug: Debug = False) -> None:
     """Before and after on the bundled model: plain, balanced, and fewer steps that take equally long."""
     from diffaccel import compare as work
@@ -233,7 +254,7 @@ def showcase(output: Output = Path("out"), overwrite: Overwrite = False, debug: 
     _print_comparison(found, output)
 
 
-@app.command()
+@app.command(epilog="Examples: diffaccel recipes fast > mine.json, then diffaccel recipes --check mine.json")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this preset or file as JSON.")] = None,
     check: Annotated[Path | None, typer.Option(help="Check a recipe file: exit code 0 if it is valid.")] = None,
@@ -253,21 +274,22 @@ def recipes(
         table = Table("recipe", "methods", "good for")
         for preset in presets().values():
             table.add_row(preset.name, escape(preset.describe()), escape(preset.note))
-        console().print(table)
+        show(table)
 
 
-@app.command()
+@app.command(epilog="Example: diffaccel doctor --model ./my-model")
 def doctor(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Also say which methods apply to this model.")
     ] = None,
+    variant: Variant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show versions, devices, optional packages and, for a model, which methods apply and why not."""
     from diffaccel.doctor import diagnose
 
-    pipe = None if model is None else _load(model, None, "cpu", None)
+    pipe = None if model is None else _load(model, None, "cpu", None, variant)
     diagnosis = diagnose(pipe, model or "")
     if as_json:
         typer.echo(diagnosis.to_json())
@@ -280,10 +302,10 @@ def _print_diagnosis(diagnosis: Diagnosis) -> None:
     table = Table("optional package", "version", "for")
     for package in diagnosis.optional:
         table.add_row(package.name, package.version or "-", package.purpose)
-    out.print(table)
+    show(table)
     if diagnosis.pipeline is not None:
-        out.print(_checks_table("method", diagnosis.pipeline.methods))
-        out.print(_checks_table("preset", diagnosis.pipeline.presets))
+        show(_checks_table("method", diagnosis.pipeline.methods))
+        show(_checks_table("preset", diagnosis.pipeline.presets))
     out.print("For a bug report, copy from here:", style="bold")
     typer.echo(diagnosis.to_block())
 
@@ -295,11 +317,22 @@ def _checks_table(title: str, checks: list[Check]) -> Table:
     return table
 
 
-app.command()(batch)
-app.command()(erase)
-app.command()(demo)
+app.command(epilog="Example: diffaccel batch rows.csv -o pictures --recipe balanced --dry-run")(batch)
+app.command(epilog='Example: diffaccel erase "circle" --anchor "square" --keep "a red star" --prove -o out')(erase)
+app.command(epilog="Example: diffaccel demo --allow ./models --open")(demo)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """Where nobody reads on (`diffaccel recipes | head -1`), Python would complain at its exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

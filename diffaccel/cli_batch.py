@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffaccel.cli_support import (
+    RECIPE_HELP,
     Debug,
     Guidance,
     Model,
@@ -29,8 +30,9 @@ from diffaccel.cli_support import (
     Scheduler,
     Size,
     Steps,
-    console,
+    Variant,
     quiet_libraries,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -76,9 +78,7 @@ def batch(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if missing.")],
     model: Model = "shapes-sd",
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Preset or recipe file for rows that name none.")
-    ] = "balanced",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help=f"{RECIPE_HELP} for rows that name none.")] = "balanced",
     seed: Annotated[int, typer.Option(min=0, max=2**53, help="The first row's seed; row i gets seed + i - 1.")] = 0,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -114,6 +114,7 @@ def batch(
     gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs of each actor.")] = 0,
     device: Placement = None,
     dtype: Precision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Make a picture for every row of a list; start the same command again to continue after any interruption."""
@@ -141,7 +142,7 @@ def batch(
             lease=lease,
         )
         plan = plan_batch(rows, output, settings)
-        load = functools.partial(load_model, model, scheduler, device or own_device(), dtype)
+        load = functools.partial(load_model, model, scheduler, device or own_device(), dtype, variant)
         if dry_run:
             _print_plan(plan, load())
             return
@@ -155,12 +156,14 @@ def batch(
     raise typer.Exit(report.exit_code)
 
 
-def load_model(model: str, scheduler: str | None, device: str | None, dtype: str | None) -> Any:
+def load_model(
+    model: str, scheduler: str | None, device: str | None, dtype: str | None, variant: str | None = None
+) -> Any:
     """The pipeline of the command line, with its own bars switched off. Ray calls this inside its actors."""
     from diffaccel.loading import load_pipeline, set_scheduler
 
     quiet_libraries()
-    pipe = load_pipeline(model, device=device, dtype=dtype)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -290,7 +293,7 @@ def _print_plan(plan: BatchPlan, pipe: Any) -> None:
             str(len(group.rows)),
             str(batches[number]),
         )
-    console().print(table)
+    show(table)
     if len(plan.groups) > SHOWN_GROUPS:
         typer.echo(f"and {len(plan.groups) - SHOWN_GROUPS} more groups, {len(plan.batches)} batches in all")
     _print_files(plan)
@@ -318,7 +321,7 @@ def _print_report(report: BatchReport) -> None:
         in_words(report.seconds),
         f"{report.pictures_per_second:.2f}",
     )
-    console().print(table)
+    show(table)
     for note in report.notes:
         typer.echo(f"note: {note}")
     for failure in report.failures[:SHOWN_FAILURES]:

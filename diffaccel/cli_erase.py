@@ -25,9 +25,10 @@ from diffaccel.cli_support import (
     Precision,
     Seed,
     Steps,
-    console,
+    Variant,
     progress,
     quiet_libraries,
+    show,
 )
 from diffaccel.text_files import read_text
 
@@ -82,6 +83,7 @@ def erase(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures computed together.")] = 8,
     device: Placement = None,
     dtype: Precision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Erase concepts: write a small edit file for apply_edit, and with --prove what it does."""
@@ -89,6 +91,7 @@ def erase(
     from diffaccel.erasure.settings import settings_of
     from diffaccel.erasure.solve import WeakErasure, suited_method
     from diffaccel.erasure.solve import erase as compute
+    from diffaccel.generate import check_steps
     from diffaccel.loading import default_guidance, load_pipeline
     from diffaccel.output import OutputFolder
 
@@ -101,7 +104,9 @@ def erase(
     if prove:
         folder.claim("proof.json"), folder.claim("proof.png")  # refused now, not after minutes of drawing
     quiet_libraries()
-    pipe = load_pipeline(model, device=device, dtype=dtype)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
+    if prove:
+        check_steps(pipe, steps)
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeakErasure)
@@ -188,14 +193,13 @@ def _print_edit(edit: Any, seconds: float) -> None:
         ", ".join(str(found.left.shape[1]) for found in edit.maps),
         f"{seconds:.2f}",
     )
-    console().print(table)
+    show(table)
     for leak in edit.leaks:
         typer.echo(f"leak: {leak}")
 
 
 def _print_proof(proof: Proof) -> None:
-    out = console()
     for table in proof.tables():
-        out.print(table)
+        show(table)
     for sentence in (*proof.summary(), *(f"note: {note}" for note in proof.notes)):
         typer.echo(sentence)

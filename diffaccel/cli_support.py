@@ -17,6 +17,8 @@ import typer
 import typer.core
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
 
 from diffaccel.errors import DiffaccelError
 from diffaccel.loading import DTYPES, SCHEDULERS
@@ -54,7 +56,8 @@ class OneSentence(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except _CAUGHT as error:
-            if ctx.meta.get("debug") or isinstance(error, (typer.Exit, typer.Abort)):
+            gone = isinstance(error, BrokenPipeError)  # nobody reads what we say; typer ends without a word
+            if gone or ctx.meta.get("debug") or isinstance(error, (typer.Exit, typer.Abort)):
                 raise
             Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(_sentence(error))}", highlight=False)
             raise typer.Exit(1) from error
@@ -92,6 +95,9 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+PRESETS = ("off", "fewer-steps", "balanced", "fast", "fastest")  # without importing what builds them
+RECIPE_HELP = f"Preset ({', '.join(PRESETS)}) or recipe file"
+
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
 Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several make several pictures.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundled model, folder in diffusers' format, or hub id.")]
@@ -106,6 +112,7 @@ Size = Annotated[Any, typer.Option(parser=_parse_size, metavar="WxH", help="Pict
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of the first picture; picture i gets seed + i.")]
 Scheduler = Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}; default: the model's own.")]
 Placement = Annotated[str | None, typer.Option(help="Torch device; default: a GPU if there is one.")]
+Variant = Annotated[str | None, typer.Option(help="Which weights, where a model has several, such as fp16.")]
 Precision = Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float16 on a GPU.")]
 
 
@@ -135,3 +142,18 @@ def console(file: TextIO | None = None) -> Console:
     """A console that does not break tables when the output is a pipe or a file."""
     file = file or sys.stdout
     return Console(file=file, width=None if file.isatty() else 160)
+
+
+def show(table: Table, out: Console | None = None) -> None:
+    """Print a table, or where a line is too short for its words, its cells one below the other: nothing is cut."""
+    out = out or console()
+    if Measurement.get(out, out.options.update(width=10_000), table).minimum <= out.width:
+        for column in table.columns:
+            column.overflow = "fold"
+        out.print(table)
+        return
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, cells, strict=True):
+            if cell:
+                out.print(f"[bold]{column.header}[/bold]: {cell}", soft_wrap=True, highlight=False)
+        out.print()

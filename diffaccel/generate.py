@@ -105,6 +105,9 @@ def _refused_steps(scheduler: Any, steps: int) -> str:
         twin.set_timesteps(steps, **keywords)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    levels = len(getattr(twin, "alphas_cumprod", ()))
+    if levels and not hasattr(twin, "sigmas") and int(twin.timesteps.max()) >= levels:
+        return f"its first would be at noise level {int(twin.timesteps.max())} of {levels}, counted from 0; give fewer"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from diffaccel.errors import DiffaccelError
 from diffaccel.miniatures import NAMES, load_miniature, recommended_guidance
 from diffaccel.model_folder import absent_parts
+from diffaccel.text_files import read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -35,19 +37,24 @@ class LoadError(DiffaccelError):
     """A model that cannot be loaded; the message says why and what to give instead."""
 
 
-def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_pipeline(
+    model: str, *, device: str | None = None, dtype: str | None = None, variant: str | None = None
+) -> Any:
     """Load a diffusers pipeline.
 
     Args:
         model: name of a bundled model, a local folder in diffusers' format, or a hub id "owner/name".
         device: torch device; default: "cuda" if there is one, else "cpu".
         dtype: "float32", "float16" or "bfloat16"; default: float16 on a GPU, else float32.
+        variant: which weights to take where a model has several, such as "fp16".
     Raises:
-        LoadError: no such model, not a pipeline, weights only as pickle files, own program code, or a device that is
-            not there.
+        LoadError: no such model, not a whole pipeline, weights only as pickle files or only in a variant that was not asked
+            for, own program code, or a device that is not there.
     """
     if model not in NAMES:
-        _check_source(model)
+        _check_source(model, variant)
+    elif variant is not None:
+        raise LoadError(f"The bundled model {model} has no variants; leave out --variant.")
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,22 +62,25 @@ def load_pipeline(model: str, *, device: str | None = None, dtype: str | None = 
     if dtype not in DTYPES:
         raise LoadError(f"Unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.")
     try:
-        pipe = _load(model).to(device)
+        pipe = _load(model, variant).to(device)
         return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     # What diffusers, transformers, the hub client and torch raise for files and devices that are not there.
     except (OSError, ValueError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
         raise LoadError(f"Cannot load {model} on {device}: {_first_line(error)}") from error
 
 
-def _load(model: str) -> Any:
+def _load(model: str, variant: str | None) -> Any:
     import diffusers
 
     if model in NAMES:
         return load_miniature(model)
-    return diffusers.DiffusionPipeline.from_pretrained(model, use_safetensors=True, **absent_parts(Path(model)))
+    options = {} if variant is None else {"variant": variant}
+    return diffusers.DiffusionPipeline.from_pretrained(
+        model, use_safetensors=True, **options, **absent_parts(Path(model))
+    )
 
 
-def _check_source(model: str) -> None:
+def _check_source(model: str, variant: str | None) -> None:
     """Refuse what cannot be a pipeline before the slow imports."""
     path = Path(model)
     if path.is_file():
@@ -78,7 +88,7 @@ def _check_source(model: str) -> None:
             f"{model} is a single file; give a folder in diffusers' format (pipe.save_pretrained writes one)."
         )
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, variant)
     elif not _is_hub_id(model):
         bundled = ", ".join(NAMES)
         raise LoadError(
@@ -86,7 +96,7 @@ def _check_source(model: str) -> None:
         )
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, variant: str | None) -> None:
     if not (path / "model_index.json").is_file():
         raise LoadError(f"The folder {path} is no diffusers pipeline: it holds no model_index.json.")
     code = sorted(path.rglob("*.py"))
@@ -94,13 +104,43 @@ def _check_folder(path: Path) -> None:
         raise LoadError(
             f"{path} brings its own program code ({code[0].name}), which is never run; load it in Python instead."
         )
+    for name, kind in _named_parts(path):
+        if not (path / name).is_dir() or not any((path / name).iterdir()):
+            raise LoadError(f"Cannot load {path}: its folder {name!r} ({kind}) is missing or empty; copy it there.")
     for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
-        pickles = sorted(file.name for file in part.iterdir() if file.suffix in PICKLES)
-        if pickles and not any(part.glob("*.safetensors")):
-            raise LoadError(
-                f"{part} has its weights only as a pickle file ({pickles[0]}), which can run code when loaded; "
-                "convert it to safetensors."
-            )
+        _check_weights(part, variant)
+
+
+def _named_parts(path: Path) -> list[tuple[str, str]]:
+    """Name and class of every part that the pipeline's index names.
+
+    Raises:
+        LoadError: it is damaged.
+    """
+    try:
+        index = json.loads(read_text(path / "model_index.json"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"Cannot load {path}: its model_index.json is no JSON ({_first_line(error)}).") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise LoadError(f"Cannot load {path}: its model_index.json names no pipeline class.")
+    origins = {name: origin for name, origin in index.items() if isinstance(origin, list) and len(origin) == 2}
+    return [(name, str(kind)) for name, (library, kind) in origins.items() if isinstance(library, str)]
+
+
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
+
+
+def _check_weights(part: Path, variant: str | None) -> None:
+    pickles = sorted(file.name for file in part.iterdir() if file.suffix in PICKLES)
+    if pickles and not any(part.glob("*.safetensors")):
+        raise LoadError(
+            f"{part} has its weights only as a pickle file ({pickles[0]}), which can run code when loaded; "
+            "convert it to safetensors."
+        )
+    found = [match["variant"] for file in part.iterdir() if (match := _WEIGHTS.fullmatch(file.name))]
+    variants = sorted({name for name in found if name})
+    if variants and None not in found and variant not in variants:
+        raise LoadError(f"{part} has its weights only in the variant {variants[0]}; add --variant {variants[0]}.")
 
 
 def _is_hub_id(model: str) -> bool:

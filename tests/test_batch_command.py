@@ -184,8 +184,8 @@ def test_an_interrupted_command_says_so_and_leaves_a_manifest(tiny_folder, rows,
     """Once: the pictures being made are kept and the manifest is written. Twice: at once, still with a sentence."""
     rows.write_text("\n".join(f"prompt {number}" for number in range(4000)))
     out = tmp_path / "out"
-    # the second Ctrl+C must meet a call that is still running, on a busy machine too: one of a thousand steps
-    options = (*OPTIONS, "--steps", 1000) if times > 1 else OPTIONS
+    # the second Ctrl+C must meet a call that is still running, on a busy machine too: one of 500 steps
+    options = (*OPTIONS, "--steps", 500) if times > 1 else OPTIONS
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background jobs ignore it, and children too
@@ -207,7 +207,10 @@ def test_an_interrupted_command_says_so_and_leaves_a_manifest(tiny_folder, rows,
             process.send_signal(number)
             if times > 1:
                 assert process.stderr is not None
-                assert "Ctrl+C again" in process.stderr.readline()
+                while "Ctrl+C again" not in (
+                    line := process.stderr.readline()
+                ):  # a slow machine also tells its progress
+                    assert line
                 process.send_signal(number)
             said, complained = process.communicate(timeout=120)
         finally:
@@ -215,7 +218,8 @@ def test_an_interrupted_command_says_so_and_leaves_a_manifest(tiny_folder, rows,
     made = len(list(out.glob("*.png")))
     assert 0 < made < 4000
     if times > 1:
-        assert (process.returncode, complained[:12]) == (130, "Interrupted.")
+        assert process.returncode == 130
+        assert "Interrupted. What is recorded is kept" in complained
     else:
         assert process.returncode == 1
         assert "Stopping after" in complained

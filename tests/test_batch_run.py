@@ -173,6 +173,10 @@ def test_values_of_ignored_columns_are_ignored(pipe, tmp_path):
     ("row", "words"),
     [
         ({"steps": 1001}, "DDIMScheduler cannot do 1001 steps: it has 1000 at most."),
+        (
+            {"steps": 1000},
+            "cannot do 1000 steps: its first would be at noise level 1000 of 1000",
+        ),  # of its steps_offset
         ({"clip_skip": 1}, r"clip_skip of StableDiffusionPipeline does not work with diffusers .* and transformers"),
         ({"negative_prompt": "x", "timesteps": [5, 5]}, r"row 2: a trial call fails: ValueError: .*timesteps"),
     ],

@@ -2,19 +2,25 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from typer.testing import CliRunner
 
 from diffaccel import metadata
 from diffaccel.cli import app
+from diffaccel.cli_support import PRESETS, show
 from diffaccel.errors import DiffaccelError
 from diffaccel.recipe import Recipe
 
@@ -205,7 +211,6 @@ def test_single_file_checkpoint(tmp_path):
 
 
 def test_pickled_weights_are_refused(tiny_folder, tmp_path):
-    import shutil
 
     import torch
 
@@ -230,7 +235,6 @@ def test_hub_models_are_asked_for_safetensors_only(monkeypatch, tmp_path):
 
 
 def test_program_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path):
-    import shutil
 
     folder = shutil.copytree(tiny_folder, tmp_path / "own-code")
     index = json.loads((folder / "model_index.json").read_text())
@@ -240,12 +244,44 @@ def test_program_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path):
     assert not (tmp_path / "was-run").exists()
 
 
-def test_damaged_model_folder(tiny_folder, tmp_path):
-    import shutil
-
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "names no pipeline class"),
+        ('{"unet": ["diffusers", "UNet2DConditionModel"]}', "names no pipeline class"),
+        ('{"_class_name": 3}', "names no pipeline class"),
+        ('{"_class_name": "NoSuchPipeline"}', "NoSuchPipeline"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+    ids=["cut", "list", "no class", "number", "unknown", "deep"],
+)
+def test_damaged_model_folder(tiny_folder, tmp_path, content, words):
     folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
-    (folder / "model_index.json").write_text("{")
-    assert_one_sentence(generate(folder, tmp_path), "Cannot load", "damaged")
+    (folder / "model_index.json").write_text(content)
+    assert_one_sentence(generate(folder, tmp_path), "Cannot load", "damaged", words)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vae", "scheduler"])
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_model_without_one_of_its_parts(tiny_folder, tmp_path, part, how):
+    """The doctor found nothing wrong with it, and generating ended in a traceback."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    shutil.rmtree(folder / part)
+    if how == "empty":
+        (folder / part).mkdir()
+    for result in (generate(folder, tmp_path), run("doctor", "-m", folder)):
+        assert_one_sentence(result, "Cannot load", f"its folder '{part}'", "missing or empty")
+
+
+def test_weights_in_a_variant_only(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "half")
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert_one_sentence(generate(folder, tmp_path), "only in the variant fp16", "add --variant fp16")
+    assert_one_sentence(generate(folder, tmp_path, "--variant", "fp32"), "add --variant fp16")
+    assert generate(folder, tmp_path, "--variant", "fp16").exit_code == 0
+    assert_one_sentence(generate("shapes-sd", tmp_path / "out", "--variant", "fp16"), "has no variants")
 
 
 def test_unsupported_pipeline_class(tmp_path):
@@ -330,8 +366,66 @@ def test_interrupt_keeps_finished_pictures_only(tiny_folder, tmp_path, monkeypat
         real(*args)
 
     monkeypatch.setattr("diffaccel.output._write_and_rename", interrupted)
-    assert generate(tiny_folder, tmp_path, "--count", 3).exit_code == 130
+    result = generate(tiny_folder, tmp_path, "--count", 3)
+    assert result.exit_code == 130
     assert os.listdir(tmp_path) == ["a-red-square-0.png"]
+    assert result.stderr.splitlines()[-1] == f"Interrupted: 1 of 3 pictures are in {tmp_path}."
+    assert result.stdout.split() == [str(tmp_path / "a-red-square-0.png")]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_pictures_that_are_not_finite_are_not_saved(tiny_folder, tmp_path, monkeypatch):
+    """They were black files, and the command was content."""
+    monkeypatch.setattr("diffaccel.finite._rows", lambda pictures: [True, False, True][: len(pictures)])
+    result = generate(tiny_folder, tmp_path, "--count", 3)
+    assert_one_sentence(result, "icture 2 of 3 holds values that are not finite", "--dtype")
+    assert sorted(os.listdir(tmp_path)) == ["a-red-square-0.png", "a-red-square-2.png"]
+    assert result.stdout.split()[-2:] == [str(tmp_path / f"a-red-square-{seed}.png") for seed in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "x"), ("compare", "x"), ("erase", "circle", "--prove", "-m", "shapes-sd", "--anchor", "star")],
+)
+def test_more_steps_than_the_scheduler_has(tiny_folder, tmp_path, command):
+    model = () if "-m" in command else ("-m", tiny_folder)
+    result = run(*command, *model, "--steps", 1001, "-o", tmp_path)
+    assert_one_sentence(result, "Scheduler cannot do 1001 steps: it has 1000 at most")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_reads_on():
+    """`diffaccel recipes | head -1` ends without a complaint."""
+    code = "import sys; from diffaccel.cli import main; sys.argv = ['diffaccel', 'recipes', 'fast']; main()"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.stderr, done.returncode in (0, 1)) == ("", True)
+
+
+def test_help_names_presets_and_gives_examples():
+    from diffaccel.pipelines.presets import presets
+
+    assert tuple(presets()) == PRESETS
+    for command in ("generate", "compare", "showcase", "recipes", "doctor", "batch", "erase", "demo"):
+        assert f" diffaccel {command} " in " ".join(run(command, "--help").stdout.split()), command
+    assert ", ".join(PRESETS) in " ".join(run("generate", "--help").stdout.replace("│", "").split())
+
+
+@pytest.mark.parametrize("width", [30, 60, 90, 200])
+def test_tables_cut_nothing(width):
+    from diffaccel.pipelines.presets import presets
+
+    table = Table("recipe", "methods", "good for")
+    for recipe in presets().values():
+        table.add_row(recipe.name, escape(recipe.describe()), escape(recipe.note))
+    text = io.StringIO()
+    show(table, Console(file=text, width=width))
+    words = text.getvalue().replace("│", " ").split()
+    assert "…" not in text.getvalue()
+    for recipe in presets().values():
+        assert set((recipe.describe() + " " + recipe.note).split()) <= set(words)
 
 
 def test_debug_shows_the_exception(tmp_path):
