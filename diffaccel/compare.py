@@ -26,6 +26,7 @@ from diffaccel.contest import (
     Progress,
     Runner,
     Settings,
+    broken_notes,
     fewer_steps,
     measure,
     spacing_notes,
@@ -98,6 +99,7 @@ def compare(
         if reference not in [contestant.name for contestant in contestants]:
             raise CompareError(f"the reference {reference!r} is none of {', '.join(c.name for c in contestants)}.")
         measurements = measure(runner, contestants, repeats, on_progress)
+    notes += broken_notes(measurements)
     rows = score(measurements, prompts, judge, reference)
     return Comparison(tuple(rows), tuple(runner.prompts), _describe(runner, repeats), facts, tuple(notes))
 

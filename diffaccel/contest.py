@@ -136,6 +136,16 @@ def verify_plain(runner: Runner) -> str:
     return "The stock pipeline does not repeat itself bit for bit on this device, so the plain variant is not either."
 
 
+def broken_notes(measurements: Sequence[Measurement]) -> list[str]:
+    """A sentence for each contestant that made pictures with NaN or infinite values."""
+    counts = {found.contestant.name: sum(len(report.broken) for report in found.reports) for found in measurements}
+    return [
+        f"{name}: {count} of its pictures hold values that are not finite (NaN or infinite); its figures say nothing."
+        for name, count in counts.items()
+        if count
+    ]
+
+
 def fewer_steps(runner: Runner, contestants: Sequence[Contestant], equal: Sequence[Equal]) -> list[Contestant]:
     """The plain pipeline with the step counts that cost about as much as the recipes; equal counts are merged."""
     found: dict[int, list[str]] = {}

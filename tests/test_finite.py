@@ -11,6 +11,7 @@ from tiny_transformers import tiny_inputs as transformer_inputs
 from tiny_transformers import tiny_pipeline as tiny_transformer
 
 import diffaccel
+from diffaccel.contest import PLAIN, Contestant, Measurement, broken_notes
 from diffaccel.finite import BrokenPicture, broken_pictures, decoded_pictures, watch_pictures
 from diffaccel.flops import FlopLedger
 from diffaccel.report import refuse_broken
@@ -86,6 +87,18 @@ def test_one_bad_frame_breaks_its_video():
     assert (broken_pictures(run), decoded_pictures(run)) == ((1,), 2)
     run.finite, run.images = [True, True, True, False], 2  # a pipeline that decodes frame by frame
     assert (broken_pictures(run), decoded_pictures(run)) == ((1,), 2)
+
+
+def test_a_comparison_names_who_made_them():
+    inputs = tiny_inputs("sd", images=2, steps=1)
+    good, bad = (called(tiny_pipeline("sd"), given, output_type="pt") for given in (inputs, spoil(inputs, 1)))
+    found = [
+        Measurement(Contestant(name, "recipe", PLAIN, 1), reports=[good, report])
+        for name, report in (("a", good), ("b", bad))
+    ]
+    assert [note.split(";")[0] for note in broken_notes(found)] == [
+        "b: 1 of its pictures hold values that are not finite (NaN or infinite)"
+    ]
 
 
 def test_nothing_is_left_on_the_processor():

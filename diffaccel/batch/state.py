@@ -149,9 +149,8 @@ class Store:
             raise OutputError(
                 f"{path} exists already, and this batch did not write it as it is; move it away and start again."
             )
-        (
-            self.written / _mark(path.name, content)
-        ).touch()  # before the file itself: a kill between the two does no harm
+        # before the file itself: a kill between the two does no harm
+        (self.written / _mark(path.name, content)).touch()
         sync_folder(self.written)
         self.publish(path, content, worker)
         sync_folder(path.parent)
