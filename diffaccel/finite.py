@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,13 +40,12 @@ def watch_pictures(pipe: Any, run: Run, seams: Seams) -> None:
     """Note in the run which pictures are finite, when the pipeline hands them to its image processor."""
     for owner, name in _LAST.items():
         if hasattr(getattr(pipe, owner, None), name):
-            look = functools.partial(_look, run, threading.get_ident())
-            seams.wrap_method(getattr(pipe, owner), name, look)
+            seams.wrap_method(getattr(pipe, owner), name, functools.partial(_look, run))
 
 
-def _look(run: Run, thread: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+def _look(run: Run, original: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(given, torch.Tensor) and threading.get_ident() == thread:
+    if isinstance(given, torch.Tensor):
         run.finite += _rows(given)
     return original(*args, **kwargs)
 
