@@ -17,6 +17,7 @@ import torch
 
 from diffaccel.flops import FlopLedger
 from diffaccel.noise import edm_sigma
+from diffaccel.places import Places
 
 Forward = Callable[..., Any]
 Proceed = Callable[["Call"], Any]
@@ -294,6 +295,7 @@ class Run:
         operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
         kept: what methods keep for the whole call, over the runs of the scheduler.
         attach_again: takes the methods off and attaches them anew.
+        places: which part of the latents each call sees.
     """
 
     clock: Clock
@@ -320,6 +322,7 @@ class Run:
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
     attach_again: Callable[[], None] = lambda: None
+    places: Places = field(default_factory=Places)
     _earlier_steps: int = 0
     _earlier_complete: bool = True
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
@@ -385,7 +388,22 @@ class Run:
         """
         self.forget()
         self.kept.clear()
+        self.places = Places()
         self.ledger, self.arguments, self.attach_again = FlopLedger(), {}, lambda: None
+
+    def same_place(self, call: Call) -> bool:
+        """Whether a call sees the same part of the latents as the last one of its lane; the report says if not."""
+        same = self.places.same(call.lane)
+        if not same and self.places.met(call.lane):
+            self.note(
+                "the network sees a part of the latents at a time, and these parts move or cannot be found again: what was "
+                "stored for another one is not used."
+            )
+        return same
+
+    def tile(self, call: Call) -> int:
+        """Number of the part of the latents within an evaluation; 0 where calls see the latents whole."""
+        return call.lane[1] if self.places.is_part(call.lane) else 0
 
     def skip(self, network: str, call: Call, *tags: Any) -> None:
         """Record a call that the pipeline made and that was answered without running the network."""
@@ -414,6 +432,7 @@ class Run:
             listed=self.listed,
         )
         self._branches_seen.update(call.branches)
+        self.places.see(call.lane, call.sample)
         execute = functools.partial(self._execute, network, original, call.rows)
         for _, function in sorted(self._around.get(network, []), key=lambda item: item[0], reverse=True):
             execute = functools.partial(_through, function, execute)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from diffaccel.attention_calls import check_kernel, use_kernel
 from diffaccel.errors import Unsupported
 from diffaccel.finite import watch_pictures, watch_result
@@ -20,6 +22,7 @@ from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, describe
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.pipelines.presets import resolve_recipe
+from diffaccel.places import stepped
 from diffaccel.recipe import Recipe
 from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
@@ -196,9 +199,9 @@ def _bracket(model: ModelMap, run: Run, seams: Seams) -> None:
     """Let the clock and the number of images follow the pipeline."""
     scheduler = model.pipe.scheduler
     seams.wrap_method(scheduler, "set_timesteps", functools.partial(_then, run.restart))
-    seams.wrap_method(scheduler, "step", functools.partial(_then, run.clock.advance))
+    seams.wrap_method(scheduler, "step", functools.partial(_advance, run))
     if hasattr(scheduler, "scale_model_input"):
-        seams.wrap_method(scheduler, "scale_model_input", functools.partial(_note_timestep, run.clock))
+        seams.wrap_method(scheduler, "scale_model_input", functools.partial(_note_timestep, run))
     if hasattr(model.pipe, "prepare_latents"):
         seams.wrap_method(model.pipe, "prepare_latents", functools.partial(_note_images, run))
 
@@ -260,14 +263,29 @@ def _then(after: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _note_timestep(clock: Clock, original: Any, sample: Any, timestep: Any = None, **kwargs: Any) -> Any:
+def _advance(run: Run, original: Any, *args: Any, **kwargs: Any) -> Any:
+    before = args[2] if len(args) > 2 else kwargs.get("sample")
+    if isinstance(before, torch.Tensor):
+        run.places.finish(before)
+    result = original(*args, **kwargs)
+    run.clock.advance()
+    after = stepped(result)
+    if isinstance(after, torch.Tensor):
+        run.places.begin(after)
+    return result
+
+
+def _note_timestep(run: Run, original: Any, sample: Any, timestep: Any = None, **kwargs: Any) -> Any:
     result = original(sample, timestep, **kwargs)
     if timestep is not None:
-        clock.timestep = float(timestep)
+        run.clock.timestep = float(timestep)
+    run.places.scaled(sample, result)
     return result
 
 
 def _note_images(run: Run, original: Any, *args: Any, **kwargs: Any) -> Any:
     latents = original(*args, **kwargs)
-    run.images = int((latents[0] if isinstance(latents, tuple) else latents).shape[0])
+    first = latents[0] if isinstance(latents, tuple) else latents
+    run.images = int(first.shape[0])
+    run.places.begin(first)
     return latents

@@ -9,7 +9,13 @@ import diffusers
 import pytest
 import tiny_transformers
 import torch
-from diffusers import DDIMScheduler, LDMTextToImagePipeline, MarigoldDepthPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LDMTextToImagePipeline,
+    MarigoldDepthPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import GatedSelfAttentionDense
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from peft import LoraConfig
@@ -478,3 +484,59 @@ def test_all_pipelines_with_perturbed_attention_are_refused(cls):
     """Whatever else they are; their class tells."""
     with pytest.raises(Unsupported, match=f"{cls.__name__} is not supported: it adds a third, perturbed"):
         diffaccel.wrap(cls.__new__(cls), [])
+
+
+# --- tiles ---
+
+
+class Tiles:
+    """A picture of 16 x 24 latents in two overlapping tiles of 16 x 16, as MultiDiffusion; DemoFusion moves them."""
+
+    @torch.no_grad()
+    def __call__(self, text, jitter=False, order=(0, 1), steps=STEPS):
+        self.scheduler.set_timesteps(steps)
+        latents = self.prepare_latents(1, 4, 32, 48, torch.float32, "cpu", torch.Generator().manual_seed(0))
+        for k, t in enumerate(self.scheduler.timesteps):
+            noise, weight = torch.zeros_like(latents), torch.zeros_like(latents)
+            starts = ((k * 3) % 5, 8 - (k * 2) % 4) if jitter else (0, 8)
+            for x in (starts[tile] for tile in order):
+                part = self.scheduler.scale_model_input(torch.cat([latents[..., x : x + 16]] * 2), t)
+                uncond, cond = self.unet(part, t, encoder_hidden_states=text).sample.chunk(2)
+                noise[..., x : x + 16] += uncond + 4 * (cond - uncond)
+                weight[..., x : x + 16] += 1
+            latents = self.scheduler.step(noise / weight.clamp(min=1), t, latents).prev_sample
+        return latents
+
+
+def tiled(scheduler):
+    pipe = tiny_pipeline("sd")
+    pipe.__class__ = type("TiledPipeline", (Tiles, type(pipe)), {})
+    pipe.scheduler = scheduler
+    return pipe, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def euler():
+    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(**DDIM), euler()], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("method", [SkipCache(interval=4), StepReuse(threshold=1e9, max_skips=3)])
+def test_tiles_that_move_get_nothing_of_each_other(method, scheduler):
+    pipe, text = tiled(scheduler)
+    fast = diffaccel.wrap(pipe, method)
+    assert torch.equal(fast(text, jitter=True), pipe(text, jitter=True))
+    assert any("move or cannot be found" in note for note in fast.report.notes)
+    assert not torch.equal(fast(text), pipe(text))
+    counts = fast.report.methods[method.name]
+    assert counts.get("cached", 0) + counts.get("reused", 0) >= STEPS
+    assert not fast.report.notes
+
+
+@pytest.mark.parametrize("matcher", ["window", "importance"])
+def test_tiles_are_merged_each_by_itself(matcher):
+    """So it does not matter which one comes first."""
+    pipe, text = tiled(DDIMScheduler(**DDIM))
+    fast = diffaccel.wrap(pipe, TokenMerging(min_tokens=1, matcher=matcher))
+    first = fast(text)
+    assert torch.equal(fast(text, order=(1, 0)), first)
+    assert not torch.equal(first, pipe(text))

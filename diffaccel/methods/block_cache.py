@@ -452,6 +452,7 @@ class _Plan:
         run, cache = self.run, self.caches[call.lane[0]]
         known = self.lanes.get(call.lane)
         usable = known is not None and known.evaluation == run.clock.evaluation - 1 and known.seen.same(call)
+        usable = usable and run.same_place(call)
         may_hit = self._may_hit(known.hits if known else 0)
         if may_hit and not usable:
             run.count(self.config.name, **{"forced by inputs": 1})

@@ -201,8 +201,7 @@ class CachePlan:
     def around(self, call: Call, proceed: Proceed) -> Any:
         """Run the network whole or with what is stored."""
         self._follow_latch(call)
-        known = self.seen.get(call.lane)
-        changed = known is None or not known.same(call) or not self.store.holds(call.lane)
+        changed = not self.knows(call) or not self.store.holds(call.lane)
         if changed and self.cached:
             self._force_full(call)
         self.run.count(self.settings.name, full=int(not self.cached), cached=int(self.cached))
@@ -211,6 +210,11 @@ class CachePlan:
         position = noise_position(self.run.clock.sigma, self.coordinate)
         with self.store.active(call.lane, cached=self.cached, position=position, fresh=changed):
             return proceed(call.tagged(self.tag, complete=False) if self.cached else call)
+
+    def knows(self, call: Call) -> bool:
+        """Whether the last full call of this lane had the same conditions, at the same place."""
+        known = self.seen.get(call.lane)
+        return known is not None and known.same(call) and self.run.same_place(call)
 
     def _force_full(self, call: Call) -> None:
         """The rest of this evaluation is full."""

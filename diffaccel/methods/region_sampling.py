@@ -226,6 +226,10 @@ class _Regions:
                 f"{self.config.name} cannot tell which rows belong to which image: the network got {call.rows} rows for "
                 f"{'an unknown number of' if self.run.images is None else self.run.images} images."
             )
+        if self.run.places.is_part(call.lane):
+            raise Unsupported(
+                f"{self.config.name} cannot follow tiles: this pipeline shows the network parts of a picture."
+            )
         if not call.complete:
             raise Unsupported(f"{self.config.name} cannot run inside a method that skips blocks; use one of the two.")
         if call.arguments.get("attention_mask") is not None:  # over image tokens, in the models that have one

@@ -56,8 +56,7 @@ class SkipPlan(CachePlan):
 
     def compare(self, call: Call) -> None:
         """Force a full evaluation if the inputs of ControlNets have changed since the last one."""
-        known = self.seen.get(call.lane)
-        if self.cached and (known is None or not known.same(call)):
+        if self.cached and not self.knows(call):
             self._force_full(call)
         if not self.cached:
             self.seen[call.lane] = Seen.of(call)

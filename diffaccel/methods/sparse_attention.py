@@ -151,6 +151,8 @@ class _Sparse:
     def around(self, call: Call, proceed: Proceed) -> Any:
         """Run the transformer with sparse attentions where they are wanted, and learn about those not seen before."""
         network, facts = self.networks[call.lane[0]]
+        if not self.run.same_place(call):
+            self.lanes.pop(call.lane, None)
         lane = self.lanes.setdefault(call.lane, Lane())
         key = (call.lane[0], _input_size(call))
         shapes = self.shapes.setdefault(key, {})

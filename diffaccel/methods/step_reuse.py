@@ -225,7 +225,8 @@ class _Reuse:
         for name, part in parts.items():
             stored = self.stored.get((lane, name))
             reusing = [image for image in range(self.images) if self.reuse[image]]
-            if stored is None or (reusing and not stored.conditions.same(settled(part))):
+            moved = reusing and not (stored and stored.conditions.same(settled(part)) and self.run.same_place(part))
+            if stored is None or moved:
                 self._force(reusing)
             else:
                 self._force(image for image in reusing if stored.computed[image] != self.computed[image])
@@ -283,7 +284,7 @@ class _Reuse:
     def _compare(self, key: Hashable, call: Call) -> None:
         known = self.controls.get(key)
         reusing = [image for image in range(self.images) if self.reuse[image]]
-        if known is None or (reusing and not known.same(settled(call))):
+        if known is None or (reusing and not (known.same(settled(call)) and self.run.same_place(call))):
             self._force(reusing)
         if not all(self.reuse):
             self.controls[key] = conditions_of(call)

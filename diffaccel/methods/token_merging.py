@@ -9,7 +9,7 @@ unimportant tokens are merged first. Other matchers: token_matchers.py. Diffusio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -117,6 +117,7 @@ class TokenMerging(Method):
 
         def around(call: Call, proceed: Proceed) -> Any:
             enabled = self.start_fraction <= run.clock.fraction < self.stop_fraction
+            state.look_at(call)
             output = sites.around(call, proceed, enabled=enabled)
             if self.chosen == "importance" and len(call.branches) == 2:
                 channels = call.sample.shape[1]  # behind them, some models predict variances
@@ -140,14 +141,26 @@ class _State:
 
     config: TokenMerging
     run: Run
-    importance: torch.Tensor | None = None  # (images, h, w) of the latents
+    tile: int = 0
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # (images, h, w) of the latents, for each tile of them
+
+    @property
+    def importance(self) -> torch.Tensor | None:
+        """The map of what the current call sees."""
+        return self.maps.get(self.tile)
+
+    def look_at(self, call: Call) -> None:
+        """A call begins; a tile that has moved has no map."""
+        self.tile = self.run.tile(call)
+        if not self.run.same_place(call):
+            self.maps.pop(self.tile, None)
 
     def update(self, importance: torch.Tensor) -> None:
         """Take a new map; images without guidance keep their old one, whatever their batch mates do."""
         latched = self.run.latched
         if latched is not None and self.importance is not None and self.importance.shape == importance.shape:
             importance = torch.where(latched[:, None, None], self.importance, importance)
-        self.importance = importance
+        self.maps[self.tile] = importance
 
     def generator(self) -> torch.Generator:
         """One generator per evaluation: repeated calls and other batch sizes draw the same positions."""

@@ -93,9 +93,12 @@ class Kept(Generic[T]):
     def get(self, call: Call, run: Run, settings: tuple[int, Any], make: Callable[[], T]) -> tuple[bool, T]:
         """(whether it is new, the prepared thing) for this call; `settings`: evaluations to keep it, what it is for."""
         whole = run.images is not None and call.rows == run.images * len(call.branches)
-        if not whole:  # some of the pictures only
+        if not whole or not run.same_place(call):  # some of the pictures only, or another part of them
             return True, make()
-        key, now = (call.lane[0], tuple(call.sample.shape[1:]), run.images, settings), run.clock.evaluation
+        key, now = (
+            (call.lane[0], run.tile(call), tuple(call.sample.shape[1:]), run.images, settings),
+            run.clock.evaluation,
+        )
         if self.value is None or key != self.key or now - self.evaluation >= settings[0]:
             self.key, self.evaluation, self.value = key, now, make()
             return True, self.value
