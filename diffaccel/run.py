@@ -295,6 +295,7 @@ class Run:
         operators: per operator of diffaccel/kernels, how many calls took which path ("triton" or "torch").
         kept: what methods keep for the whole call, over the runs of the scheduler.
         attach_again: takes the methods off and attaches them anew.
+        guides: whether the pipeline says that it guides; None if it does not say.
         places: which part of the latents each call sees.
     """
 
@@ -322,6 +323,7 @@ class Run:
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
     attach_again: Callable[[], None] = lambda: None
+    guides: Callable[[], bool | None] = lambda: None
     places: Places = field(default_factory=Places)
     _earlier_steps: int = 0
     _earlier_complete: bool = True
@@ -329,6 +331,7 @@ class Run:
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _watchers: list[Callable[[Call], None]] = field(default_factory=list)
     _ordinals: dict[int, int] = field(default_factory=dict)
+    _shares: dict[int, tuple[float, bool | None]] = field(default_factory=dict)
     _branches_seen: set[str] = field(default_factory=set)
 
     def around(self, network: str, layer: Layer, function: Around) -> None:
@@ -420,6 +423,8 @@ class Run:
             self.images = len(arguments[self.sample_name])
         self._enter(arguments.get("timestep"))
         ordinal = self._ordinals.get(id(module), 0)
+        if ordinal == 0:
+            self._follow_batch(id(module), len(arguments[self.sample_name]))
         self._ordinals[id(module)] = ordinal + 1
         if self.sample_name in self.listed:
             arguments[self.sample_name] = torch.stack(list(arguments[self.sample_name]))
@@ -454,6 +459,21 @@ class Run:
             self.restart()
         if self.clock.enter(time):
             self._begin_evaluation()
+
+    def _follow_batch(self, module: int, rows: int) -> None:
+        """A callback may leave pictures out. How many stay follows from the rows, as long as guidance is what it was."""
+        if self.images is None:
+            return
+        share, guides = self._shares.get(module, (rows / self.images, self.guides()))
+        images = rows / share
+        if guides is not None and guides == self.guides() and images != self.images and images.is_integer():
+            self.note(
+                f"the batch changed from {self.images} to {images:.0f} pictures within the run: the methods start anew."
+            )
+            self.images = int(images)
+            self.attach_again()
+            self._begin_evaluation()
+        self._shares[module] = (rows / self.images, self.guides())
 
     def _begin_evaluation(self) -> None:
         self._ordinals.clear()

@@ -39,6 +39,7 @@ class Seams:
 
     def __init__(self) -> None:
         self._undo = ExitStack()
+        self._processors: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -47,6 +48,18 @@ class Seams:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.__exit__(kind, error, trace)
+        if kind is not None and issubclass(kind, Unsupported):
+            for module, processor in self._processors:
+                if module.processor is not processor:
+                    module.set_processor(processor)
+
+    def keep_processors(self, networks: Sequence[nn.Module]) -> None:
+        """Put these attention processors back if the run ends by a refusal.
+
+        Pipelines that install their own take them back at the end of their call, to which a refusal does not let them come.
+        """
+        modules = (module for network in networks for module in network.modules() if hasattr(module, "set_processor"))
+        self._processors = [(module, module.processor) for module in modules if hasattr(module, "processor")]
 
     def close(self) -> None:
         """Take all changes back; more may follow."""

@@ -85,12 +85,14 @@ class AcceleratedPipeline:
             convention.listed,
             convention.lengths,
             measured=self._measured,
+            guides=functools.partial(_guides, self.pipe),
         )
         methods = [method for method in self.recipe.methods if not method.is_off]
         started, completed = time.perf_counter(), False
         try:
             with Seams() as seams, recording(run.operators):
                 seams.claim([*_networks(model), self.pipe.scheduler])
+                seams.keep_processors(_networks(model))
                 arguments = _prepare(self.pipe, methods, run, seams, args, kwargs)
                 run.arguments = _by_name(self.pipe, *arguments)
                 clock.lowest = _lowest_timestep(self.pipe, run.arguments)
@@ -184,6 +186,14 @@ def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
     return given
+
+
+def _guides(pipe: Any) -> bool | None:
+    """Whether the pipeline guides; None if it does not say, or lets guidance end by itself (`cfg_truncation`)."""
+    if getattr(pipe, "_cfg_truncation", None) is not None:
+        return None
+    said: bool | None = getattr(pipe, "do_classifier_free_guidance", None)
+    return said
 
 
 def _lowest_timestep(pipe: Any, arguments: Mapping[str, Any]) -> float:

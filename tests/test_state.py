@@ -540,3 +540,69 @@ def test_tiles_are_merged_each_by_itself(matcher):
     first = fast(text)
     assert torch.equal(fast(text, order=(1, 0)), first)
     assert not torch.equal(first, pipe(text))
+
+
+# --- batches that a callback cuts, refusals, ControlNets that run whole ---
+
+
+def keep_the_first(pipe, index, t, tensors):
+    """After four steps the second picture is left out."""
+    if index != 3:
+        return {}
+    embeds = tensors["prompt_embeds"]
+    return {"latents": tensors["latents"][:1], "prompt_embeds": torch.cat([embeds[:1], embeds[2:3]])}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        GuidanceInterval(low=1.0),
+        AdaptiveGuidance(threshold=0.2),
+        [SkipCache(interval=3), GuidanceInterval(low=1.0)],
+        StepReuse(threshold=1e9, max_skips=2),
+        TokenMerging(min_tokens=1, matcher="importance"),
+    ],
+)
+def test_a_batch_that_a_callback_cuts(recipe):
+    pipe, inputs = tiny_pipeline("sd"), tiny_inputs("sd", steps=STEPS, images=2)
+    inputs |= {"generator": None, "latents": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+    tensors = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    fast = diffaccel.wrap(pipe, recipe)
+    fast(**inputs, **tensors, callback_on_step_end=keep_the_first)
+    assert any("from 2 to 1 pictures" in note for note in fast.report.notes)
+    assert fast.report.completed
+    if recipe == GuidanceInterval(low=1.0):
+        rows = [(entry.rows, entry.sigma > 1) for entry in fast.report.trace]
+        assert rows[:4] == [(4, True)] * 4
+        assert set(rows[4:]) == {(2, True), (1, False)}
+
+
+class Edited:
+    """Installs attention processors of its own for the time of its call."""
+
+    @torch.no_grad()
+    def __call__(self, **arguments):
+        before = self.unet.attn_processors
+        self.unet.set_attn_processor({name: type(processor)() for name, processor in before.items()})
+        result = super().__call__(**arguments)
+        self.unet.set_attn_processor(before)
+        return result
+
+
+def test_a_refusal_inside_a_call_takes_the_pipelines_processors_back():
+    pipe = tiny_pipeline("sd")
+    pipe.__class__ = type("EditedPipeline", (Edited, type(pipe)), {})
+    before = pipe.unet.attn_processors
+    with pytest.raises(Unsupported, match="works without classifier-free guidance"):
+        diffaccel.wrap(pipe, NormalizedAttentionGuidance())(**tiny_inputs("sd", steps=4))
+    assert pipe.unet.attn_processors == before
+
+
+def test_controlnets_that_cannot_stop_early_are_not_counted(monkeypatch):
+    monkeypatch.setattr("diffaccel.model_map.describe_controlnet", lambda net: None)
+    fast = diffaccel.wrap(tiny_pipeline("controlnet"), SkipCache(interval=3))
+    fast(**tiny_inputs("controlnet", steps=STEPS))
+    assert "skip_cache: ControlNetModel always runs whole." in fast.report.notes
+    assert fast.report.methods["skip_cache"]["cached"] > 0
+    assert not fast.report.methods["skip_cache"].get("controlnet early exits")
+    assert len({entry.flops for entry in fast.report.trace if entry.network == "controlnet"}) == 1
