@@ -22,6 +22,7 @@ from training.world import (
     denoise,
     distill,
     latents,
+    retext,
     sd3,
     styles,
     train_text,
@@ -329,3 +330,27 @@ def test_all_parts_are_run_in_an_order_that_works(tmp_path):
     spent = [float(line[line.index("--minutes") + 1]) for line in lines if line[0].endswith(".unet")]
     assert spent == sorted(spent)
     assert sum(SHARES.values()) == pytest.approx(1)
+
+
+def test_a_unet_reads_another_text_encoder_as_it_read_the_first(parts):
+    """The other encoder is the first with its rows rotated and stretched by its last layer norm."""
+    unet.train_unet(parts, TWO_STEPS, SIZES)
+    before = unet.load_unet(parts)
+    tokenizer, old_text = train_text.load_text(parts)
+    old = parts / "text_before.pt"
+    (parts / "text.pt").rename(old)
+    saved = torch.load(old)
+    stretched = {**saved["model"], **dict(zip(saved["model"], saved["average"], strict=True))}
+    norm = next(name for name in stretched if name.endswith("final_layer_norm.weight"))
+    for name in (norm, norm.removesuffix("weight") + "bias"):
+        stretched[name] = stretched[name].detach() * torch.linspace(0.5, 2, 16)
+    torch.save({**saved, "model": stretched, "average": {}}, parts / "text.pt")
+    assert retext.retext(parts, old) < 0.01
+    after, new_text = unet.load_unet(parts), train_text.load_text(parts)[1]
+    noised, steps, ids = torch.randn(1, 16, 16, 16), torch.tensor([500]), denoise.tokenize(tokenizer, ["a red fox"])
+    answers = [
+        model(noised, steps, text(ids).last_hidden_state).sample
+        for model, text in ((before, old_text), (after, new_text))
+    ]
+    other = before(noised, steps, new_text(ids).last_hidden_state).sample
+    assert (answers[0] - answers[1]).norm() < 0.2 * (answers[0] - other).norm()

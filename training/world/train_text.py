@@ -237,9 +237,12 @@ def train(out: Path, minutes: float, device: str = "cpu", seed: int = 2) -> CLIP
     return encoder
 
 
-def load_text(out: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The tokenizer and the averaged, frozen encoder of `out`. Raises FileNotFoundError before they have been trained."""
-    weights = load_averaged(out / "text.pt", "training.world.train_text")
+def load_text(out: Path, checkpoint: Path | None = None) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer of `out` and the averaged, frozen encoder in `checkpoint`, by default `out/text.pt`.
+
+    Raises FileNotFoundError before they have been trained.
+    """
+    weights = load_averaged(checkpoint or out / "text.pt", "training.world.train_text")
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = build_text_encoder(tokenizer, WIDTH)
     first = {name.removeprefix("0."): value for name, value in weights.items() if name.startswith("0.")}
