@@ -295,7 +295,7 @@ class Actions:
             found.figures(),
             gr.update(value=str(found.file), interactive=True),
             message(erasing.state(session)),
-            message("Done: look at both pictures, then apply the edit or change it.", "good"),
+            found.ended(),
         )
 
     # --- batch ---

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
-from diffaccel.demo.markup import decibel, notes, table
+from diffaccel.demo.markup import decibel, message, notes, table
 from diffaccel.demo.sessions import Session
-from diffaccel.erasure.concepts import settle
+from diffaccel.erasure.concepts import ErasureWarning, escaped, names_in, settle
+from diffaccel.erasure.effect import way
 from diffaccel.erasure.settings import METHODS, settings_of
-from diffaccel.erasure.solve import WeakErasure, suited_method
 from diffaccel.erasure.solve import erase as solve
+from diffaccel.erasure.solve import suited_method
 from diffaccel.methods import Erase
 from diffaccel.output import safe_name
 from diffaccel.recipe import Recipe
@@ -24,9 +26,9 @@ from diffaccel.recipe import Recipe
 MOST_NAMES = 64
 AUTOMATIC = "automatic"  # what `diffaccel.erase` chooses if no method is named
 ABOUT = {  # docs/erasure.md has the figures behind these sentences
-    AUTOMATIC: "context if *Draw instead* is filled in, else uce: what `diffaccel.erase` does.",
+    AUTOMATIC: "context: what `diffaccel.erase` does.",
     "context": "uce on every row of whole sentences. On the bundled models it erased and spared most, given sample prompts of "
-    "their kind, which this page does not take. Needs *Draw instead*.",
+    "their kind, which this page does not take. Without *Draw instead*, another thing of the concept's kind takes its place.",
     "uce": "Ridge regression on the last word of short phrases. Works without an anchor. A quarter of the "
     "pictures of shapes-sd still show the concept, more of shapes-sd3.",
     "rece": "uce, then erases what a closed-form attack would bring back. Attacks have to go a little further, and what is "
@@ -55,7 +57,7 @@ class Request:
 
     @classmethod
     def of(cls, concepts: str, keep: str, anchor: str, method: str, settings: str) -> Request:
-        """From the texts of the page: names with commas or on lines, settings as NAME=VALUE.
+        """From the texts of the page: names as `diffaccel.erase` separates them, settings as NAME=VALUE.
 
         Raises:
             PageError: nothing to erase, too many names, an unknown method, or a line that is no setting.
@@ -68,11 +70,15 @@ class Request:
         if method not in (AUTOMATIC, *METHODS):
             raise PageError(f"There is no method {method!r}; choose one of {', '.join((AUTOMATIC, *METHODS))}.")
         chosen = None if method == AUTOMATIC else method
-        return cls(names, kept, anchor.strip() or None, chosen, tuple(_setting(part) for part in _names(settings, ";")))
+        return cls(names, kept, anchor.strip() or None, chosen, tuple(_setting(part) for part in _parts(settings)))
 
 
-def _names(text: str, separator: str = ",") -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in re.split(rf"[{separator}\n]", text or "") if part.strip()))
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in names_in(text or "") if name))
+
+
+def _parts(settings: str) -> list[str]:
+    return [part.strip() for part in re.split(r"[;\n]", settings or "") if part.strip()]
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -99,14 +105,28 @@ class Erased:
         """What the edit does, in numbers."""
         sequence = {name: found for name, found in self.edit.diagnostics.items() if "strength" in found}
         rows = [
-            (concept, route, f"{share:.0%}", f"{found.get('kept_change_max', 0.0):.2%}", str(found["rank"]))
+            (concept, route, _share(share), f"{found.get('kept_change_max', 0.0):.2%}", str(found["rank"]))
             for route, found in sequence.items()
             for concept, share in found["strength"].items()
         ]
         header = ("concept", "text", "moved to its anchor", "largest change of what is kept", "rank")
         close = likeness(self.after.image, self.before.image)
         caption = f"{self.edit.method}: the picture changed to {decibel(close.psnr)} PSNR"
-        return table(header, rows, caption) + notes([*self.warnings, *self.edit.leaks])
+        seen = [] if self.edit.effect is None else [str(self.edit.effect)]
+        taken = self.edit.diagnostics.get("stand_ins", {}).items()
+        chosen = [f"{target} becomes {anchor}; write something else under Draw instead." for target, anchor in taken]
+        return table(header, rows, caption) + notes([*self.warnings, *chosen, *seen, *self.edit.leaks])
+
+    def ended(self) -> str:
+        """How it went, in one sentence."""
+        if self.warnings:
+            return message(f"Computed, but not as asked: {self.warnings[0]}", "bad")
+        return message("Done: look at both pictures, then apply the edit or change it.", "good")
+
+
+def _share(share: float) -> str:
+    """Of the way; a number that is none of a way is said in words."""
+    return f"{share:.0%}" if 0 <= share <= 2 else way(share)
 
 
 def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Request, watch: Watch) -> Erased:
@@ -119,13 +139,13 @@ def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Reque
     """
     watch.total = 2 * ask.steps
     watch.show(0, watch.total, "computing the edit")
-    concepts, keep = settle(request.concepts, request.keep, request.anchor)
+    concepts, keep = settle(_escaped(request.concepts), _escaped(request.keep), request.anchor)
     chosen = settings_of(request.method or suited_method(concepts), dict(request.settings))
     with engine.pipeline(model) as pipe:
         watch.check()
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", WeakErasure)
-            edit = solve(pipe, concepts, keep=keep, method=chosen)
+            warnings.simplefilter("always", ErasureWarning)
+            edit = solve(pipe, concepts, keep=_escaped(keep), method=chosen)
         watch.check()
         folder = session.new_folder()
         name = f"no-{safe_name('-'.join(request.concepts))}-{edit.digest[:8]}.safetensors"
@@ -137,6 +157,10 @@ def erase(engine: Engine, session: Session, model: str, ask: Ask, request: Reque
         after = engine.draw(recipe, ask, watch, folder / "after.png", str(session.folder))
     session.edit = edit, name
     return Erased(edit, session.folder / name, before, after, tuple(str(warning.message) for warning in caught))
+
+
+def _escaped(names: Sequence[str]) -> list[str]:
+    return [escaped(name) for name in names]
 
 
 def apply(session: Session) -> str:

@@ -196,14 +196,14 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
         concepts = gr.Textbox(
             label="Concepts to erase",
             placeholder="circle, star",
-            info="With commas.",
+            info="With commas; \\, is a comma of a name.",
             min_width=200,
             elem_id="concepts",
         )
         anchor = gr.Textbox(
             label="Draw instead",
             placeholder="square",
-            info="Empty: nothing in particular.",
+            info="Empty: another thing of its kind.",
             min_width=200,
             elem_id="anchor",
         )

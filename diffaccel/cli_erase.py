@@ -47,18 +47,23 @@ class Method(StrEnum):
 
 
 def erase(
-    concepts: Annotated[list[str] | None, typer.Argument(metavar="[CONCEPT...]", help="What to erase.")] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONCEPT...]", help=r"What to erase; commas separate names, \, is a comma of a name."),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
             "--file", "-f", exists=True, dir_okay=False, help="JSON: targets, synonyms with weights, keeps, anchor."
         ),
     ] = None,
-    keep: Annotated[list[str] | None, typer.Option("--keep", "-k", help="What must stay; repeatable.")] = None,
-    anchor: Annotated[str | None, typer.Option(help="What takes its place; default: nothing in particular.")] = None,
-    method: Annotated[
-        Method | None, typer.Option(help="How to erase; default: context if there is an anchor, else uce.")
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", "-k", help="What must stay, likewise; repeatable.")
     ] = None,
+    anchor: Annotated[
+        str | None, typer.Option(help="What takes its place; default: another thing of its kind.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="How to erase; default: context.")] = None,
     prompt_list: Annotated[
         Path | None,
         typer.Option(
@@ -87,10 +92,10 @@ def erase(
     debug: Debug = False,
 ) -> None:
     """Erase concepts: write a small edit file for apply_edit, and with --prove what it does."""
-    from diffaccel.erasure.concepts import settle
+    from diffaccel.erasure.concepts import ErasureWarning, settle
     from diffaccel.erasure.settings import settings_of
-    from diffaccel.erasure.solve import WeakErasure, suited_method
     from diffaccel.erasure.solve import erase as compute
+    from diffaccel.erasure.solve import suited_method
     from diffaccel.generate import check_steps
     from diffaccel.loading import default_guidance, load_pipeline
     from diffaccel.output import OutputFolder
@@ -109,7 +114,7 @@ def erase(
         check_steps(pipe, steps)
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WeakErasure)
+        warnings.simplefilter("always", ErasureWarning)
         edit = compute(pipe, **request, method=chosen)
     _print_edit(edit, time.perf_counter() - started)
     for warning in caught:
@@ -194,6 +199,10 @@ def _print_edit(edit: Any, seconds: float) -> None:
         f"{seconds:.2f}",
     )
     show(table)
+    for target, anchor in edit.diagnostics.get("stand_ins", {}).items():
+        typer.echo(f"{target!r} becomes {anchor!r}; --anchor names something else.")
+    if edit.effect is not None:
+        typer.echo(edit.effect)
     for leak in edit.leaks:
         typer.echo(f"leak: {leak}")
 

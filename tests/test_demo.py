@@ -460,7 +460,7 @@ def test_an_edit_acts_on_its_session_only(engine, session, tmp_path):
     assert again.plain.image.tobytes() == found.before.image.tobytes()
 
 
-@pytest.mark.parametrize(("anchor", "method"), [("square", "context"), ("", "uce")])
+@pytest.mark.parametrize(("anchor", "method"), [("square", "context"), ("", "context")])
 def test_without_a_choice_the_edit_is_that_of_python(engine, session, anchor, method):
     found = erasing.erase(
         engine,

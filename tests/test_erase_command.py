@@ -183,14 +183,26 @@ def test_settings_need_a_value(tmp_path: Path) -> None:
     assert "is no setting" in result.output
 
 
-@pytest.mark.parametrize(("anchor", "method"), [((), "uce"), (("--anchor", "pet"), "context")])
-def test_the_default_method_follows_from_the_anchor(folder: Path, tmp_path: Path, anchor: Any, method: str) -> None:
+@pytest.mark.parametrize(("anchor", "method"), [((), "context"), (("--anchor", "pet"), "context")])
+def test_the_default_method_is_that_of_python(folder: Path, tmp_path: Path, anchor: Any, method: str) -> None:
     result = run("cat", *anchor, "--set", "general=false", "-m", folder, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     assert load_edit(tmp_path / "no-cat.safetensors").method == method
 
 
+def test_names_with_commas_and_what_was_seen(folder: Path, tmp_path: Path) -> None:
+    result = run(
+        "cat, dog", "--keep", "fox, bat", "--anchor", "pet", "--set", "general=false", "-m", folder, "-o", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    found = load_edit(tmp_path / "no-cat-dog.safetensors")
+    assert [concept.target for concept in found.concepts] == ["cat", "dog"]
+    assert found.keep == ("bat", "fox")
+    assert str(found.effect) in result.stdout.replace("\n", " ")
+    assert set(found.effect.moved) == {"cat", "dog"}
+
+
 @pytest.mark.usefixtures("no_loading")
 def test_contradictions_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     assert_refused(run("cat", "--keep", "a cat", "-o", tmp_path), "'a cat' cannot be kept")
-    assert_refused(run("cat", "--set", "threshold=0.1", "-o", tmp_path), "uce: threshold")
+    assert_refused(run("cat", "--set", "threshold=0.1", "-o", tmp_path), "context: threshold")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
+import warnings
 
 import accelerate
 import pytest
 import torch
-from tiny import load_lora
+from tiny import load_lora, run
 from tiny_edits import ALL, VALUES, denoiser, mapped, random_edit, same_weights, tiny_of, weights_of
+from tiny_text import tiny_text_pipeline
 
 import diffaccel
 from diffaccel import seams
+from diffaccel.erasure import ErasureWarning, UneditedControl
 from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit
 from diffaccel.erasure.edit import Edit, EditError, TextMap
 from diffaccel.errors import RecipeError, Unsupported
@@ -702,3 +706,73 @@ def test_a_recipe_file_reaches_no_other_files(name, tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(RecipeError, match="only name edits in its own folder or below"):
         Recipe.load(path)
+
+
+# --- a ControlNet beside it ---
+
+
+def beside(pipe):
+    """A ControlNet pipeline around the same UNet."""
+    twin = tiny_of("sd").tiny_pipeline("controlnet")
+    twin.unet = pipe.unet
+    return twin
+
+
+def test_a_controlnet_beside_an_edited_network_is_told_once():
+    """It reads the prompt by projections of its own."""
+    pipe = build("sd")
+    twin = beside(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UneditedControl)
+        edit = apply_edit(pipe, random_edit(pipe), form="map")
+        draw(pipe)
+    with pytest.warns(UneditedControl, match="reads the prompt by projections of its own"):
+        run(twin, "controlnet", steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UneditedControl)
+        run(twin, "controlnet", steps=2)
+    remove_edit(pipe, edit)
+    with pytest.warns(UneditedControl):
+        apply_edit(twin, edit)
+
+
+def test_a_recipe_that_erases_says_in_its_report_that_a_controlnet_is_not_edited(tmp_path):
+    for kind, told in (("sd", False), ("controlnet", True)):
+        pipe = tiny_of("sd").tiny_pipeline(kind)
+        random_edit(pipe).save(tmp_path / "e.safetensors")
+        fast = diffaccel.wrap(pipe, Erase(file=tmp_path / "e.safetensors"))
+        run(fast, kind, steps=2)
+        assert any("The ControlNet reads the prompt" in note for note in fast.report.notes) == told
+
+
+# --- a look at what it does ---
+
+
+def test_a_check_tells_an_edit_that_does_nothing_from_one_that_acts():
+    pipe = tiny_text_pipeline("sd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ErasureWarning)
+        edit = diffaccel.erase(pipe, "circle", anchor="dog", keep=["heart"], general=False)
+    before = weights_of(pipe)
+    empty = dataclasses.replace(
+        edit, maps=tuple(dataclasses.replace(one, left=torch.zeros_like(one.left)) for one in edit.maps)
+    )
+    seen, nothing = edit.check(pipe), empty.check(pipe)
+    assert seen == edit.effect
+    assert seen.changed["circle"] > 0.01
+    assert nothing.changed["circle"] == 0
+    assert (nothing.weak, str(nothing)) == (
+        ("circle",),
+        "Checked on 2 predictions of the denoiser: 'circle' does not move, 'heart' (kept) 0% as far.",
+    )
+    assert same_weights(pipe, before)
+    assert applied_edits(pipe) == ()
+
+
+def test_a_check_that_cannot_run_says_so():
+    pipe = tiny_text_pipeline("sd")
+    edit = random_edit(pipe)
+    assert edit.effect is None  # made by hand, or by an older version
+    pipe.scheduler = None
+    assert edit.check(pipe).note
+    assert str(edit.check(pipe)).startswith("The effect was not checked: ")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import diffaccel
-from diffaccel.erasure import Concept, ErasureError
+from diffaccel.erasure import Concept, ErasureError, LostKeep
 from diffaccel.erasure.prompts import sort_prompts
+from diffaccel.erasure.recording import Drawing, draw
 from diffaccel.miniatures import load_judge, load_miniature, scenes
 
 CIRCLE = Concept(target="circle", synonyms=(("disc", 1.0),), anchor="square")
@@ -76,9 +77,25 @@ def test_what_is_no_list_of_prompts_is_refused(pipe, prompts):
         diffaccel.erase(pipe, [CIRCLE], prompts=prompts, method="context")
 
 
-def test_an_anchor_is_needed(pipe):
-    with pytest.raises(ErasureError, match="context needs an anchor, something to draw instead of 'circle'; name one"):
-        diffaccel.erase(pipe, ["circle"], prompts=["a circle"], method="context")
+def test_without_an_anchor_the_sentence_loses_the_concept(pipe):
+    """Row by row: what stands before stays, the concept meets what takes its place, the rest moves up."""
+    found = diffaccel.erase(
+        pipe,
+        ["circle"],
+        anchor="",
+        prompts=["a circle on grey", "a star", "a blue ring"],
+        general=False,
+        paddings=None,
+        erase_weight=1000.0,
+        ridge=1e-4,
+        check=False,
+    )
+    own, without = rows(pipe, ["a circle on grey", "a on grey"])
+    low = found.maps[0]
+    moved = own + (own @ low.right.double().T) @ low.left.double().T
+    used = [2, 3, 4]
+    wanted = torch.stack([without[2], without[2], without[3]])
+    assert (moved[used] - wanted).norm() < 0.1 * (own[used] - wanted).norm()
 
 
 def test_templates_and_prompts_exclude_each_other(pipe):
@@ -89,7 +106,9 @@ def test_templates_and_prompts_exclude_each_other(pipe):
 def test_prompts_about_other_things_only(pipe):
     """They are preserved, and the contexts are the method's own."""
     found = diffaccel.erase(pipe, [CIRCLE], prompts=["a blue star", "a red heart"], method="context", general=False)
-    own = diffaccel.erase(pipe, [CIRCLE], keep=["a blue star", "a red heart"], method="context", general=False)
+    own = diffaccel.erase(
+        pipe, [CIRCLE], keep=["a blue star", "a red heart"], method="context", general=False, named_templates=()
+    )
     assert torch.equal(found.maps[0].left, own.maps[0].left)
     assert torch.equal(found.maps[0].right, own.maps[0].right)
 
@@ -154,6 +173,61 @@ def test_order_does_not_matter(pipe):
     first = diffaccel.erase(pipe, concepts, prompts=prompts, method="context", general=False)
     second = diffaccel.erase(pipe, concepts[::-1], prompts=prompts[::-1], method="context", general=False)
     assert first.digest == second.digest
+
+
+# --- the shortest call ---
+
+
+def seen_in(pipe, judge, prompts, steps=6):
+    pictures = draw(pipe, prompts, Drawing(steps=steps, guidance=2.5, batch_size=8))
+    return [{(item.colour, item.shape) for item in reading.scene.objects} for reading in judge.read(pictures)]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+@pytest.mark.parametrize("model", ["shapes-sd", "shapes-sd3"])
+@pytest.mark.parametrize("concept", ["circle", "star", "ring", "red"])
+def test_the_shortest_call_erases(pipe, judge, model, concept):
+    used = pipe if model == "shapes-sd" else load_miniature(model)
+    used.set_progress_bar_config(disable=True)
+    edit = diffaccel.erase(used, concept)
+    assert edit.effect.moved[concept] > 0.5
+    named = (
+        [f"a {concept} heart", f"a {concept} square"] if concept == "red" else [f"a red {concept}", f"a blue {concept}"]
+    )
+    diffaccel.apply_edit(used, edit)
+    try:
+        *erased, kept = seen_in(used, judge, [*named, "a green triangle"])
+    finally:
+        diffaccel.remove_edit(used, edit)
+    assert not any(concept in item for found in erased for item in found)
+    assert kept == {("green", "triangle")}
+
+
+def test_what_the_user_keeps_outweighs_everyday_words(pipe, judge):
+    keep = ["blue circle", "green star", "blue heart"]
+    edit = diffaccel.erase(pipe, "blue star", anchor="red heart", keep=keep, check=False)
+    diffaccel.apply_edit(pipe, edit)
+    try:
+        found = seen_in(pipe, judge, ["a blue star", *(f"a {text}" for text in keep)])
+    finally:
+        diffaccel.remove_edit(pipe, edit)
+    assert found == [{("red", "heart")}, {("blue", "circle")}, {("green", "star")}, {("blue", "heart")}]
+
+
+def test_a_keep_that_is_lost_is_named(pipe):
+    options = {
+        "anchor": "red heart",
+        "keep": ["blue circle"],
+        "named_weight": 0.0,
+        "named_templates": (),
+        "check": False,
+    }
+    with pytest.warns(LostKeep, match=r"^'blue circle' could not be kept: it moves \d+% as far as what is erased"):
+        diffaccel.erase(pipe, "blue star", **options)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel import seams
+from diffaccel.erasure.concepts import UneditedControl
 from diffaccel.erasure.edit import Edit, tensor_digest
 from diffaccel.erasure.live import (
     FUSED,
@@ -29,6 +31,7 @@ from diffaccel.erasure.live import (
     unwrapped,
     weight_at,
 )
+from diffaccel.erasure.routes import CONTROL
 from diffaccel.errors import Unsupported
 
 _HOME = "_diffaccel_edits"
@@ -57,6 +60,7 @@ class Applied(seams.Residence):
         self._glimpse = torch.empty(0)  # of the written weights
         self._text: weakref.ref[Tensor] | None = None  # what the network read when they were looked at
         self._seen: Any = None  # traces of then
+        self.told_of_control = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own weights: weak references cannot be copied everywhere."""
@@ -249,6 +253,18 @@ class _Guard:
 
     def __call__(self, network: nn.Module, args: Any, kwargs: Any) -> None:
         self.applied.follow(network, kwargs.get("encoder_hidden_states"))
+        if not self.applied.told_of_control and any(kwargs.get(name) is not None for name in _CONTROLS):
+            tell_of_control(self.applied)
+
+
+# what a ControlNet hands to a UNet, to SD3's and to FLUX's transformer
+_CONTROLS = ("mid_block_additional_residual", "block_controlnet_hidden_states", "controlnet_block_samples")
+
+
+def tell_of_control(applied: Applied) -> None:
+    """Warn, once for each network, that a ControlNet beside it is not edited."""
+    applied.told_of_control = True
+    warnings.warn(f"{CONTROL} A concept that was erased may come back by it.", UneditedControl, stacklevel=2)
 
 
 class _MapInput:

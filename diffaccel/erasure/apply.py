@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffaccel.erasure.applied import Applied, finite
+from diffaccel.erasure.applied import Applied, finite, tell_of_control
 from diffaccel.erasure.edit import Edit, EditError, load_edit
 from diffaccel.erasure.live import (
     check_base,
@@ -51,12 +51,18 @@ def apply_edit(pipe: Any, edit: Edit | str | os.PathLike[str], *, form: Form | s
     Raises:
         EditError: the file is unreadable or unsound, or there is no such form.
         Unsupported: another base, applied already, or something is in the way that the sentence names.
+
+    Warns:
+        UneditedControl: a ControlNet reads the prompt too; said again at a call if one comes later.
     """
     edit = _read(edit)
     check_form(form)
     name, network = network_of(pipe, edit)
     with _ONE_AT_A_TIME:
         _add(network, name, edit, form)
+    applied = Applied.of(network)
+    if applied is not None and getattr(pipe, "controlnet", None) is not None:
+        tell_of_control(applied)
     return edit
 
 

@@ -38,6 +38,7 @@ class Columns:
         owner: (n,) number of the concept of each column.
         keep: (d, m) to preserve.
         invariants: (d, q) start token and centres of the empty prompt's rows.
+        keep_weights: (m,) of a ridge regression, against each other; None is 1 each.
     """
 
     target: Tensor
@@ -46,6 +47,12 @@ class Columns:
     owner: Tensor
     keep: Tensor
     invariants: Tensor
+    keep_weights: Tensor | None = None
+
+    @property
+    def weighted_keep(self) -> Tensor:
+        """`keep` with each column times the root of its weight; its square is what a regression preserves."""
+        return self.keep if self.keep_weights is None else self.keep * self.keep_weights.sqrt()
 
 
 @dataclass(frozen=True)
@@ -64,16 +71,17 @@ class LowRank:
 
 
 def ridge(columns: Columns, ridge: float, keep_weight: float) -> LowRank:
-    """The minimiser of sum_i w_i ||M c_i - c*_i||^2 + keep_weight sum_j ||M k_j - k_j||^2 + ridge ||M - I||^2.
+    """The minimiser of sum_i w_i ||M c_i - c*_i||^2 + keep_weight sum_j v_j ||M k_j - k_j||^2 + ridge ||M - I||^2.
 
-    L = C* - C, R = (diag(w)^-1 + C^T Y)^-1 Y^T with Y = B^-1 C and B = ridge I + keep_weight K K^T: an n x n system
+    L = C* - C, R = (diag(w)^-1 + C^T Y)^-1 Y^T with Y = B^-1 C and B = ridge I + keep_weight K diag(v) K^T: an n x n system
     behind the Cholesky factor of B. With more targets than dimensions, R = diag(w) C^T (B + C diag(w) C^T)^-1.
 
     Raises:
         torch.linalg.LinAlgError: ridge so small that the system is singular in float64.
     """
     target, weights = columns.target, columns.weights
-    base = keep_weight * (columns.keep @ columns.keep.T)
+    kept = columns.weighted_keep
+    base = keep_weight * (kept @ kept.T)
     base.diagonal().add_(ridge)
     left = columns.anchor - target
     if target.shape[1] < target.shape[0]:
@@ -89,7 +97,7 @@ def ridge(columns: Columns, ridge: float, keep_weight: float) -> LowRank:
 
 def mean_square(columns: Columns, keep_weight: float) -> float:
     """Mean diagonal of the weighted sum of squares of all columns: the scale on which a relative ridge is stated."""
-    total = (columns.weights * columns.target.square()).sum() + keep_weight * columns.keep.square().sum()
+    total = (columns.weights * columns.target.square()).sum() + keep_weight * columns.weighted_keep.square().sum()
     return float(total) / columns.target.shape[0]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from diffaccel.erasure.closed_forms import Columns
 from diffaccel.erasure.columns import POOLED_SECTION, Key, Policy, RowReader, chosen_rows, pair_rows
 from diffaccel.erasure.concepts import Concept
 from diffaccel.erasure.routes import Route
-from diffaccel.erasure.settings import RECE, Settings
+from diffaccel.erasure.settings import RECE, Context, Settings
+
+MOST_NAMED, LONGEST_PHRASE = 100, 3  # keeps that stand in further sentences; a thousand would cost minutes
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,33 @@ class Collected:
         columns: what is erased, what it becomes, and what is preserved.
         attacked: the same with the rows that an attack wants back (RECE).
         blocks: [first, past) rows of `columns` that different encoders write side by side.
+        named: rows (d, m) of each text that the user wants to keep.
     """
 
     columns: Columns
     attacked: Columns | None
     blocks: tuple[tuple[int, int], ...]
+    named: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Texts to preserve.
+
+    Attributes:
+        named: by the user.
+        near: other things of the concepts' kinds, which would suffer first.
+        others: everyday words, prompts that name no concept.
+    """
+
+    named: tuple[str, ...]
+    near: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All, sorted."""
+        return tuple(sorted({*self.named, *self.near, *self.others}))
 
 
 @dataclass(frozen=True)
@@ -42,16 +66,22 @@ class _Pairs:
     owner: list[int]
 
 
-def collect(
-    pipe: Any, route: Route, concepts: Sequence[Concept], protected: Sequence[str], chosen: Settings
-) -> Collected:
+def collect(pipe: Any, route: Route, concepts: Sequence[Concept], protected: Protected, chosen: Settings) -> Collected:
     """Encode what a method wants to see of the concepts, of `protected` texts, and of the empty prompt."""
-    reader = RowReader(pipe, route, t5_tokens=chosen.t5_tokens, paddings=chosen.paddings)
+    gaps = isinstance(chosen, Context)
+    reader = RowReader(pipe, route, t5_tokens=chosen.t5_tokens, paddings=chosen.paddings, gaps=gaps)
     pairs = _pairs(reader, concepts, chosen.templates, chosen.tokens)
     attacked = None
     if isinstance(chosen, RECE) and chosen.rounds:
         attacked = _pairs(reader, concepts, ("{}",), chosen.attack_tokens)
-    keep = _kept(reader, protected, chosen)
+    named = _in_sentences(reader, protected.named, chosen)
+    near = _in_sentences(reader, protected.near, chosen)
+    keep = sorted(
+        {
+            *_kept(reader, protected.texts, chosen.keep_templates, chosen),
+            *(k for keys in (*named.values(), *near.values()) for k in keys),
+        }
+    )
     empty = _empty_rows(reader)
     every = [*pairs.target, *pairs.anchor, *keep, *(key for keys in empty for key in keys)]
     if attacked:
@@ -63,8 +93,18 @@ def collect(
 
     invariants = _invariants([pick(keys) for keys in empty], getattr(chosen, "centres", 3))
     columns = _columns(pairs, pick, pick(keep), invariants)
+    columns = replace(columns, keep_weights=_keep_weights(keep, named, chosen))
     against = _columns(attacked, pick, pick(keep), invariants) if attacked else None
-    return Collected(columns, against, reader.blocks)
+    return Collected(columns, against, reader.blocks, {text: pick(sorted(keys)) for text, keys in named.items()})
+
+
+def _keep_weights(keep: Sequence[Key], named: Mapping[str, set[Key]], chosen: Settings) -> Tensor | None:
+    """(m,) for `keep`, or None where every row weighs the same."""
+    mine = {key for keys in named.values() for key in keys}
+    share = getattr(chosen, "named_weight", 0.0) * (len(keep) - len(mine)) / max(len(mine), 1)
+    if share <= 1 or not mine:
+        return None
+    return torch.tensor([share if key in mine else 1.0 for key in keep], dtype=torch.float64)
 
 
 def _columns(pairs: _Pairs, pick: Callable[[Sequence[Key]], Tensor], keep: Tensor, invariants: Tensor) -> Columns:
@@ -106,9 +146,17 @@ def _paired(
     ]
 
 
-def _kept(reader: RowReader, protected: Sequence[str], chosen: Settings) -> list[Key]:
+def _in_sentences(reader: RowReader, named: Sequence[str], chosen: Settings) -> dict[str, set[Key]]:
+    """Rows of each text; phrases stand in more sentences than whole prompts."""
+    more = chosen.named_templates if len(named) <= MOST_NAMED else ()
+    phrases = {text: len(text.split()) <= LONGEST_PHRASE for text in named}
+    templates = {text: sorted({*chosen.keep_templates, *(more if phrases[text] else ())}) for text in named}
+    return {text: set(_kept(reader, [text], templates[text], chosen)) for text in named}
+
+
+def _kept(reader: RowReader, protected: Sequence[str], templates: Sequence[str], chosen: Settings) -> list[Key]:
     found: set[Key] = set()
-    for template in chosen.keep_templates:
+    for template in templates:
         for section in reader.sections:
             policy: Policy = "last" if section == POOLED_SECTION else chosen.keep_tokens
             for text, span in zip(protected, reader.spans(template, protected, section), strict=True):

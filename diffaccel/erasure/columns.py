@@ -69,9 +69,10 @@ def pair_rows(policy: Policy, target: Span, anchor: Span) -> list[tuple[int, int
 
     Words before the phrase pair from the start, the phrase from its end (a longer target's first tokens all meet the
     anchor's first), what follows it by distance from it, paddings by their place. An empty anchor prompt has no phrase:
-    its rows pair by their place. Nothing is left out, and nothing wraps around.
+    its rows pair by their place. Where the anchor is the sentence without the phrase, the phrase pairs with what takes
+    its place. Nothing is left out, and nothing wraps around.
     """
-    empty = anchor.start == anchor.stop
+    empty = anchor.start == anchor.stop and anchor.end <= anchor.head + 1
     return [(row, _counterpart(row, target, anchor, empty)) for row in chosen_rows(policy, target)]
 
 
@@ -80,7 +81,7 @@ def _counterpart(row: int, target: Span, anchor: Span, empty: bool) -> int:
     if empty or row < target.start:
         return min(row, last)
     if row < target.stop:
-        return max(anchor.stop - (target.stop - row), anchor.start)
+        return max(anchor.stop - (target.stop - row), min(anchor.start, anchor.end - 1))
     if row < target.end:
         return min(anchor.stop + (row - target.stop), anchor.end - 1)
     return min(max(row, anchor.end), last)
@@ -96,10 +97,20 @@ class RowReader:
         t5_tokens: length to which T5 pads where its paddings are not masked; None is the pipeline's default.
         paddings: how many of a prompt's paddings count, the first ones, which then stand for all; None is all. The empty
             prompt keeps all of its.
+        gaps: an empty phrase stands for its template without the braces, not for the empty prompt.
     """
 
-    def __init__(self, pipe: Any, route: Route, *, t5_tokens: int | None = None, paddings: int | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        route: Route,
+        *,
+        t5_tokens: int | None = None,
+        paddings: int | None = None,
+        gaps: bool = False,
+    ) -> None:
         self._pipe, self._route, self._t5_tokens, self._paddings = pipe, route, t5_tokens, paddings
+        self._gaps = gaps
         self._sections = dict(sections(route))
         self._prompts: dict[tuple[int, str], Ids] = {}
         self._widths: dict[tuple[int, int], int] = {}
@@ -110,7 +121,7 @@ class RowReader:
         return (POOLED_SECTION,) if self._route.name == "pooled" else tuple(self._sections)
 
     def spans(self, template: str, phrases: Sequence[str], section: int) -> list[Span]:
-        """Where each phrase lies in the filled template. An empty phrase stands for the empty prompt.
+        """Where each phrase lies in the filled template. An empty phrase lies where the braces were, without a row.
 
         Raises:
             ErasureError: a prompt is too long for the tokenizer, or its tokens do not separate at the phrase.
@@ -120,8 +131,10 @@ class RowReader:
         return [self._span(template, phrase, section) for phrase in phrases]
 
     def text(self, template: str, phrase: str) -> str:
-        """The filled template; an empty phrase gives the empty prompt."""
-        return template.replace("{}", phrase) if phrase else ""
+        """The filled template; an empty phrase gives the empty prompt, or the sentence without it."""
+        if phrase:
+            return template.replace("{}", phrase)
+        return " ".join(template.replace("{}", " ").split()) if self._gaps else ""
 
     def empty_span(self, section: int) -> Span:
         """The rows of the empty prompt."""
@@ -130,16 +143,17 @@ class RowReader:
     def _span(self, template: str, phrase: str, section: int) -> Span:
         family = self._sections[section][0].family
         head = 1 if family == "clip" else 0
-        whole = self._ids(section, self.text(template, phrase))
+        whole_text = self.text(template, phrase)
+        whole = self._ids(section, whole_text)
         end = len(whole[0])
         total = self._total(section, end)
-        if not phrase:
+        if not phrase and not whole_text:
             return Span(head, head, head, end, total)
         before = template.split("{}", 1)[0]
         start = self._common(section, whole, before, phrase)
         stop = self._common(section, whole, before + phrase, phrase)
-        if stop <= start:
-            raise ErasureError(f"{phrase!r} has no token of its own in {self.text(template, phrase)!r}.")
+        if phrase and stop <= start:
+            raise ErasureError(f"{phrase!r} has no token of its own in {whole_text!r}.")
         if not self._paddings or total <= end + self._paddings:
             return Span(head, start, stop, end, end if self._paddings == 0 else total)
         return Span(head, start, stop, end, end + self._paddings, (total - end) / self._paddings)

@@ -22,6 +22,22 @@ class ErasureError(DiffaccelError, ValueError):
     """A request for an edit that cannot be fulfilled as it stands; the message says what to change."""
 
 
+class ErasureWarning(UserWarning):
+    """An edit that does not do all that one would expect."""
+
+
+class WeakErasure(ErasureWarning):
+    """The edit moves a concept less than half of the way to its anchor."""
+
+
+class LostKeep(ErasureWarning):
+    """The edit changes something that was to be kept."""
+
+
+class UneditedControl(ErasureWarning):
+    """A network that reads the prompt by projections of its own runs beside an edited one."""
+
+
 Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
@@ -31,7 +47,7 @@ class Concept(BaseModel):
     Attributes:
         target: how prompts name it.
         synonyms: other names (co-references) that must go too, each with its weight; the target's is 1.
-        anchor: what to draw instead; "" is the empty prompt, None the anchor given to `erase`.
+        anchor: what to draw instead; "" is nothing in particular, None the anchor given to `erase`, or its choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,20 +86,24 @@ class Concept(BaseModel):
 
 
 class ConceptList(BaseModel):
-    """A concept file: `{"concepts": [...], "keep": [...], "anchor": "..."}`; concepts are texts or Concept objects."""
+    """A concept file: `{"concepts": [...], "keep": [...], "anchor": "..."}`; concepts are texts or Concept objects.
+
+    A text with commas names several things, see `names_in`; the target of an object is taken as it is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     concepts: tuple[Concept, ...]
     keep: tuple[str, ...] = ()
-    anchor: str = ""
+    anchor: str | None = None
 
     @field_validator("concepts", mode="before")
     @classmethod
     def _texts_too(cls, concepts: object) -> object:
         if not isinstance(concepts, list | tuple):
             return concepts  # pydantic refuses it
-        return [{"target": entry} if isinstance(entry, str) else entry for entry in concepts]
+        named = [names_in(entry) if isinstance(entry, str) else [entry] for entry in concepts]
+        return [{"target": entry} if isinstance(entry, str) else entry for entries in named for entry in entries]
 
 
 def read_concepts(path: str | Path) -> ConceptList:
@@ -114,22 +134,39 @@ def _json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=once)
 
 
+def names_in(text: str) -> list[str]:
+    r"""The things that a text names: commas and line ends separate them, in every way in; `\,` is a comma of a name."""
+    parts = [part.replace("\\,", ",").strip() for part in re.split(r"(?<!\\)[,\n]", text)]
+    return [part for part in parts if part] or [text.strip()]
+
+
+def escaped(text: str) -> str:
+    r"""A name as `names_in` reads it again: its commas as `\,`."""
+    return text.replace(",", r"\,")
+
+
 def settle(
     concepts: str | Concept | Sequence[str | Concept], keep: Sequence[str], anchor: str | None
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
-    """Concepts with their anchors filled in and the user's keeps, both without duplicates and in a fixed order.
+    """Concepts with the given anchor and the user's keeps, both without duplicates and in a fixed order.
+
+    An anchor that nobody gave stays None.
 
     Raises:
         ErasureError: nothing to erase, an empty text, a text named twice, an anchor or a keep that names a target.
     """
-    given = [concepts] if isinstance(concepts, str | Concept) else listed(concepts, "concepts")
+    given = _separate([concepts] if isinstance(concepts, str | Concept) else listed(concepts, "concepts"))
     if not given:
         raise ErasureError("there is no concept to erase.")
     ready = sorted((_concept(entry, anchor) for entry in given), key=lambda concept: concept.model_dump_json())
     ready = list(dict.fromkeys(ready))
-    kept = tuple(sorted({one_text(text, "a keep") for text in listed(keep, "keep")}))
+    kept = tuple(sorted({one_text(text, "a keep") for text in _separate(listed(keep, "keep"))}))
     _refuse_conflicts(ready, kept)
     return tuple(ready), kept
+
+
+def _separate(entries: Sequence[Any]) -> list[Any]:
+    return [part for entry in entries for part in (names_in(entry) if isinstance(entry, str) else [entry])]
 
 
 def _concept(entry: str | Concept, anchor: str | None) -> Concept:
@@ -139,12 +176,9 @@ def _concept(entry: str | Concept, anchor: str | None) -> Concept:
         concept = Concept(target=entry) if isinstance(entry, str) else entry
     except ValidationError as error:
         raise ErasureError(f"{describe_problem(error)}.") from None
-    own = concept.anchor is not None
-    return (
-        concept
-        if own
-        else concept.model_copy(update={"anchor": one_text("" if anchor is None else anchor, "an anchor")})
-    )
+    if concept.anchor is not None or anchor is None:
+        return concept
+    return concept.model_copy(update={"anchor": one_text(anchor, "an anchor")})
 
 
 def listed(texts: object, what: str) -> list[Any]:
@@ -196,11 +230,12 @@ def _refuse_conflicts(concepts: Sequence[Concept], keep: Sequence[str]) -> None:
 
 def mentions(text: str, phrase: str) -> bool:
     """Whether the words of `phrase` occur in `text` side by side, whatever their case; a plural s counts as the same."""
-    words, wanted = _words(text), _words(phrase)
+    words, wanted = singular_words(text), singular_words(phrase)
     return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1)) if wanted else False
 
 
-def _words(text: str) -> list[str]:
+def singular_words(text: str) -> list[str]:
+    """The words of a text in lower case, without the s of a plural."""
     words = re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())  # as tokenizers compose accents
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
 
@@ -213,7 +248,7 @@ def _one_line(text: str) -> str:
 
 
 def _phrase(text: str, what: str) -> str:
-    if not _words(text):
+    if not singular_words(text):
         raise ValueError(f"{what} needs at least one word, and {text!r} has none")
     return _one_line(text)
 

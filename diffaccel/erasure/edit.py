@@ -24,6 +24,7 @@ from diffaccel.erasure.concepts import Concept
 from diffaccel.errors import DiffaccelError
 
 if TYPE_CHECKING:
+    from diffaccel.erasure.effect import Effect
     from diffaccel.erasure.proof_result import Proof
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -204,6 +205,24 @@ class Edit:
     def modules(self) -> tuple[EditedModule, ...]:
         """The edited projections of all routes."""
         return tuple(module for text_map in self.maps for module in text_map.modules)
+
+    @property
+    def routes(self) -> dict[str, dict[str, Any]]:
+        """What was measured while solving, by the route of each map; none in an edit that was made by hand."""
+        return {m.route: self.diagnostics[m.route] for m in self.maps if m.route in self.diagnostics}
+
+    @property
+    def effect(self) -> Effect | None:
+        """What a few predictions of the denoiser showed when the edit was made; None if nobody looked."""
+        from diffaccel.erasure.effect import Effect  # noqa: PLC0415  (it imports this file)
+
+        return Effect.of(self.diagnostics.get("effect"))
+
+    def check(self, pipe: Any) -> Effect:
+        """Look again at a few predictions, on this pipeline, which ends as it was; nothing is drawn."""
+        from diffaccel.erasure.effect import look_at  # noqa: PLC0415  (it imports this file)
+
+        return look_at(pipe, self)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, as JSON holds it."""

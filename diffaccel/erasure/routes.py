@@ -15,6 +15,8 @@ from diffaccel.errors import Unsupported
 from diffaccel.models.text_routes import Reader, RouteName, Source, TextRoute, describe_text_routes
 from diffaccel.pipelines.find import find_convention
 
+CONTROL = "The ControlNet reads the prompt by projections of its own, which the edit leaves as they are."
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -100,7 +102,7 @@ def leaks(pipe: Any, routes: tuple[Route, ...]) -> tuple[str, ...]:
     """Ways by which a concept may still enter this pipeline besides the edited routes, a sentence each."""
     found = []
     if getattr(pipe, "controlnet", None) is not None:
-        found.append("The ControlNet reads the prompt by projections of its own, which the edit leaves as they are.")
+        found.append(CONTROL)
     if getattr(pipe, "image_encoder", None) is not None:
         found.append("Image prompts (IP-Adapter) do not pass through the edited projections.")
     for name in dict.fromkeys(name for route in routes for name in route.missing):

@@ -21,6 +21,25 @@ CONTEXTS = (
     "a painting of {} and a tree",
     "two people next to {}",
 )
+# a thing and a look have other places in a sentence, and a concept may be either
+SENTENCES = (
+    *CONTEXTS,
+    "a red {}",
+    "a blue {}",
+    "a small {}",
+    "a large green {} on a table",
+    "two white {} in a room",
+    "a yellow {} and a tree",
+    "a tree above a blue {}",
+    "a {} square",
+    "a {} star",
+    "a {} house",
+    "a small {} circle",
+    "the {} car in a street",
+    "a woman in a {} dress",
+    "a tree and a {} flower",
+    "a dog left of a {} ball",
+)
 
 
 class Settings(BaseModel):
@@ -33,8 +52,11 @@ class Settings(BaseModel):
             (all but the phrase).
         paddings: how many paddings "tail", "all" and "context" take: the first ones, weighted to stand for all; None is all.
         keep_templates, keep_tokens: the same for what is preserved.
+        named_templates: further sentences for your own keeps of up to three words, if these are not more than a hundred, and
+            for other things of the concepts' kinds.
         projections: which cross-attention projections are edited, where there is a choice.
-        general: also preserve the bundled list of everyday words (without those that name a target).
+        general: also preserve the bundled list of everyday words (without those that name a target), and in "context" other
+            things of the concepts' kinds.
         pooled: also edit the path of the pooled text; otherwise the edit lists it as a leak.
         balance: where several encoders share a row, scale their columns to one mean square before solving.
         t5_tokens: length to which prompts are padded for T5; None is the pipeline's own default.
@@ -48,6 +70,7 @@ class Settings(BaseModel):
     paddings: Annotated[int, Field(ge=0)] | None = None
     keep_templates: tuple[str, ...] = ("{}",)
     keep_tokens: Policy = "last"
+    named_templates: tuple[str, ...] = ()
     projections: Literal["keys", "values", "keys and values"] = "keys and values"
     general: bool = True
     pooled: bool = True
@@ -56,9 +79,14 @@ class Settings(BaseModel):
 
     @field_validator("templates", "keep_templates")
     @classmethod
-    def _one_gap(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+    def _not_empty(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         if not templates:
             raise ValueError("needs at least one template")
+        return templates
+
+    @field_validator("templates", "keep_templates", "named_templates")
+    @classmethod
+    def _one_gap(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(f"{template!r} must have exactly one {{}}")
@@ -74,6 +102,8 @@ class UCE(Settings):
         ridge: weight of staying near the original map; absolute as in the paper, or a share of the mean diagonal of the
             columns' second moment if `ridge_relative`.
         erase_weight, keep_weight: of a concept's columns and of a preserved column.
+        named_weight: of all your keeps together against all everyday words together, where that is more than they weigh row
+            by row; 0 makes no difference between them, as in the papers.
         keep_empty: preserve the start token and the centres of the empty prompt's rows, on which all guidance rests.
     """
 
@@ -83,6 +113,7 @@ class UCE(Settings):
     ridge_relative: bool = False
     erase_weight: Positive = 1.0
     keep_weight: NotNegative = 1.0
+    named_weight: NotNegative = 0.0
     keep_empty: bool = True
 
 
@@ -167,8 +198,10 @@ class Context(RECE):
     In a causal text encoder every row after a word carries it, paddings included, and in another sentence a word has other
     rows. UCE, RECE and SPEED regress on a few rows of short phrases and miss these; MACE takes the surroundings, but not
     the phrase. Here every row of every context, the phrase included, goes to its counterpart with the anchor, every row
-    of the other prompts stays, and each side has a total weight of its own. Needs an anchor. Best with `prompts` of the kind that the
-    model gets, and without the general list if these are about a small world of their own.
+    of the other prompts stays, and each side has a total weight of its own. Without an anchor, another thing of the concept's
+    kind takes its place if the kind is known (`diffaccel.erasure.kinds`), and else nothing: the sentence without the concept.
+    So it does with the anchor "". Best with `prompts` of the kind that the model gets, and without the general list if these
+    are about a small world of their own.
 
     Attributes:
         erase_weight: how much the concepts' rows weigh against the preserved ones, all together; 1 is the same. On the
@@ -181,12 +214,14 @@ class Context(RECE):
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 0
 
-    templates: tuple[str, ...] = CONTEXTS
+    templates: tuple[str, ...] = SENTENCES
+    named_templates: tuple[str, ...] = SENTENCES
     tokens: Policy = "all"
     keep_tokens: Policy = "all"
     paddings: Annotated[int, Field(ge=0)] | None = 8
     ridge: Positive = 0.1
     erase_weight: Positive = 0.25
+    named_weight: NotNegative = 1.0
 
 
 METHODS: dict[str, type[Settings]] = {cls.method: cls for cls in (UCE, RECE, SPEED, MACE, Context)}

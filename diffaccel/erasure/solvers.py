@@ -62,8 +62,12 @@ def _rece(problem: Problem, chosen: Any) -> tuple[LowRank, dict[str, Any]]:
 
 
 def _weighted(columns: Columns, chosen: UCE) -> Columns:
-    keep = torch.cat([columns.keep, columns.invariants], 1) if chosen.keep_empty else columns.keep
-    return replace(columns, weights=columns.weights * chosen.erase_weight, keep=keep)
+    found = replace(columns, weights=columns.weights * chosen.erase_weight)
+    if not chosen.keep_empty:
+        return found
+    ones = torch.ones(columns.invariants.shape[1], dtype=torch.float64)
+    weights = None if columns.keep_weights is None else torch.cat([columns.keep_weights, ones])
+    return replace(found, keep=torch.cat([columns.keep, columns.invariants], 1), keep_weights=weights)
 
 
 def _ridge(columns: Columns, chosen: UCE) -> float:

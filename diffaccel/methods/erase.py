@@ -31,6 +31,7 @@ from diffaccel.erasure.live import (
     sites,
     unwrapped,
 )
+from diffaccel.erasure.routes import CONTROL
 from diffaccel.errors import RecipeError
 from diffaccel.method import Method, register
 from diffaccel.model_map import ModelMap
@@ -82,6 +83,8 @@ class Erase(Method):
         for module, site in found.items():
             seams.replace_forward(module, functools.partial(_reader, site))
         run.counters[self.name] = {"projections": len(edit.modules), "concepts": len(edit.concepts)}
+        if getattr(model.pipe, "controlnet", None) is not None:
+            run.note(CONTROL)
 
     def _plan(self, edit: Edit) -> dict[str, list[LowRank]]:
         plan = {inside(name): maps for name, maps in maps_of([edit]).items()}
