@@ -69,7 +69,7 @@ def test_a_list_of_concepts_with_no_list_of_keeps(text_pipe):
 
 def test_an_edit_made_on_a_wrapped_pipeline_is_the_same_edit(text_pipe):
     fast = diffaccel.wrap(text_pipe, GuidanceInterval(low=0.3, high=5.0))
-    options = {"method": "uce", "general": False, "keep": ["dog"]}
+    options = {"method": "uce", "general": False, "keep": ["dog"], "check": False}
     first, second = (diffaccel.erase(pipe, "circle", **options) for pipe in (text_pipe, fast))
     assert first == second
     assert second.pipeline == "StableDiffusionPipeline"
@@ -346,7 +346,7 @@ def test_an_edit_of_another_model_is_refused_before_drawing(text_pipe, monkeypat
 
 # --- what the caller's program is doing ---
 
-PLAIN = {"method": "rece", "general": False, "keep": ["dog"]}
+PLAIN = {"method": "rece", "general": False, "keep": ["dog"], "check": False}
 
 
 @pytest.mark.parametrize(
