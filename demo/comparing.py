@@ -44,7 +44,9 @@ class Compared:
     @property
     def saved(self) -> tuple[str, str]:
         """The FLOPs in words: ("2.23x", "fewer FLOPs"), ("1.10x", "more FLOPs") or ("1.00x", "the FLOPs of plain")."""
-        share = self.plain.report.flops / max(self.fast.report.flops, 1)
+        if not (self.plain.report.flops and self.fast.report.flops):
+            return "n/a", "FLOPs not counted"
+        share = self.plain.report.flops / self.fast.report.flops
         if abs(share - 1) < 0.005:
             return "1.00x", "the FLOPs of plain"
         return (f"{share:.2f}x", "fewer FLOPs") if share > 1 else (f"{1 / share:.2f}x", "more FLOPs")

@@ -14,7 +14,7 @@ from diffaccel.comparison_rows import Row
 from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, offered
-from diffaccel.demo.markup import decibel, table
+from diffaccel.demo.markup import decibel, fewer, table
 from diffaccel.demo.sessions import Session
 from diffaccel.demo.timing import ROUNDS, Job, draw_all, pace, seconds_of, speedup
 from diffaccel.frontier import Over, save_frontier
@@ -122,7 +122,7 @@ class Explored:
         report = cell.drawn.report
         return (
             cell.label,
-            f"{self.plain.report.flops / max(report.flops, 1):.2f}x",
+            fewer(self.plain.report.flops, report.flops),
             str(report.evaluations),
             decibel(cell.psnr),
             "n/a" if cell.ssim is None else f"{cell.ssim:.4f}",

@@ -53,14 +53,14 @@ def _dense_per_row(trace: Iterable[Evaluation]) -> dict[str, float]:
     for entry in trace:
         cost = entry.dense_flops_per_row
         if cost is None:
-            cost = entry.flops / entry.rows if entry.rows else 0.0
+            cost = (entry.flops or 0) / entry.rows if entry.rows else 0.0
         found[entry.network] = max(found.get(entry.network, 0.0), cost)
     return found
 
 
 def _step(index: int, entries: Sequence[Evaluation], dense: dict[str, float]) -> Step:
     plain = sum(entry.stock_rows * dense[entry.network] for entry in entries)
-    done = sum(entry.flops for entry in entries)
+    done = sum(entry.flops or 0 for entry in entries)
     of_rows = sum(entry.rows * dense[entry.network] for entry in entries)
     share = min(1.0, done / plain) if plain else 1.0
     if not done:
@@ -155,8 +155,15 @@ def decibel(value: float | None) -> str:
     return "identical" if math.isinf(value) else f"{value:.1f} dB"
 
 
+def fewer(plain: float, own: float) -> str:
+    """How many times fewer FLOPs; 0 stands for those that could not be counted."""
+    return f"{plain / own:.2f}x" if plain and own else "n/a"
+
+
 def flops(value: float) -> str:
-    """FLOPs with a unit."""
+    """FLOPs with a unit; 0 stands for those that could not be counted."""
+    if not value:
+        return "not counted"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= size:
             return f"{value / size:.3g} {unit}FLOP"

@@ -14,6 +14,7 @@ from diffaccel.errors import Unsupported
 from diffaccel.kernels.dense import choose, dense_attention
 from diffaccel.model_map import ModelMap
 from diffaccel.run import Call, Layer, Proceed, Run
+from diffaccel.seams import is_compiled
 
 Stock = Callable[[], torch.Tensor]
 
@@ -40,7 +41,7 @@ def check_kernel(name: str, model: ModelMap) -> None:
     """Raise `Unsupported` if this kernel is not installed, or the denoisers' attentions cannot be handed to it."""
     choose(name)
     for network, _ in model.denoisers:
-        if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+        if any(is_compiled(module) for module in network.modules()):
             raise Unsupported(
                 f"the attention kernel {name!r} cannot be put into compiled blocks; set it with diffusers' own "
                 "set_attention_backend before compiling."
@@ -65,7 +66,7 @@ def use_kernel(name: str, model: ModelMap, run: Run) -> None:
     def around(call: Call, proceed: Proceed) -> Any:
         with Caught(attend) as caught:
             output = proceed(call.tagged(("attention_kernel", name)))
-        if call.rows and not caught.times:
+        if call.complete and not caught.times:
             raise Unsupported(
                 f"the attention kernel {name!r} found no attention to compute: this denoiser's processors do not call "
                 "scaled_dot_product_attention; go back to diffusers' default attention backend."

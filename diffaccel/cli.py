@@ -148,7 +148,7 @@ def _print_summary(reports: list[Report], images: int, recipe: str) -> None:
         str(sum(r.steps for r in reports)),
         str(sum(r.evaluations for r in reports)),
         str(sum(r.rows for r in reports)),
-        f"{flops:.3g}",
+        f"{flops:.3g}" if flops else "",
         f"{plain / flops:.2f}x" if flops else "",
     )
     show(table)

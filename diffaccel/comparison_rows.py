@@ -86,8 +86,8 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "rows/image": [f"{row.rows:.4g}" for row in rows],
         "s/image (range)": [_spread(row.seconds, "") for row in rows],
         "faster (range)": [_spread(row.speedup, "x") for row in rows],
-        "GFLOP/image": [f"{row.flops / 1e9:.4g}" for row in rows],
-        "fewer FLOPs": ["" if plain is None else f"{plain.flops / row.flops:.2f}x" for row in rows],
+        "GFLOP/image": [f"{row.flops / 1e9:.4g}" if row.flops else "" for row in rows],
+        "fewer FLOPs": [_fewer(plain, row) for row in rows],
         "correct [95 %]": [_percent(row.accuracy) for row in rows],
         "change [95 %]": [_points(row.accuracy_change) for row in rows],
         "PSNR dB": [_decibel(row) for row in rows],
@@ -125,6 +125,11 @@ def _spread(value: Spread | None, unit: str) -> str:
         return ""
     text = f"{value.median:.3g}{unit}"
     return text if value.low == value.high else f"{text} ({value.low:.3g}-{value.high:.3g})"
+
+
+def _fewer(plain: Row | None, row: Row) -> str:
+    """Nothing where FLOPs could not be counted."""
+    return f"{plain.flops / row.flops:.2f}x" if plain is not None and plain.flops and row.flops else ""
 
 
 def _percent(value: Interval | None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffaccel.bench import Clock, closest_steps, rotated, timed
 from diffaccel.comparison_rows import Kind
-from diffaccel.errors import DiffaccelError
+from diffaccel.errors import DiffaccelError, Unsupported
 from diffaccel.generate import guidance_arguments
 from diffaccel.recipe import Recipe
 from diffaccel.report import Report
@@ -191,8 +191,14 @@ def _cost_of(runner: Runner, kind: Equal) -> Callable[[Contestant], float]:
     batch = runner.batches()[0]
     if kind == "time":
         return lambda contestant: min(runner.run(contestant, batch)[2] for _ in range(2))
-    name = {"evaluations": "evaluations", "flops": "flops"}[kind]
-    return lambda contestant: float(getattr(runner.run(contestant, batch)[1], name))
+
+    def counted(contestant: Contestant) -> float:
+        report = runner.run(contestant, batch)[1]
+        if kind == "flops" and not report.flops:
+            raise Unsupported(f"FLOPs of {contestant.name} could not be counted; match by time or evaluations instead.")
+        return float(report.flops if kind == "flops" else report.evaluations)
+
+    return counted
 
 
 def measure(

@@ -20,6 +20,8 @@ class Method(BaseModel):
 
     name: ClassVar[str]
     layer: ClassVar[Layer]
+    inside: ClassVar[bool] = True  # whether it acts inside networks, or only needs their calls
+    by_token: ClassVar[bool] = False  # whether it needs all tokens of a picture in one place
 
     @field_validator("*", mode="before")
     @classmethod

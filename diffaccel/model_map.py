@@ -5,7 +5,8 @@ Model facts live in `diffaccel/models`, calling conventions in `pipelines/`. Met
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from diffaccel.models.transformers import TransformerLayout, describe_transforme
 from diffaccel.models.unet import UNetLayout, describe_controlnet, describe_unet
 from diffaccel.pipelines.conventions import Convention
 from diffaccel.pipelines.find import find_convention
+from diffaccel.seams import is_compiled
 
 Layout = UNetLayout | TransformerLayout
 
@@ -29,6 +31,7 @@ class ModelMap:
         denoisers: the networks that predict, with their layouts; more than one if they take turns (Wan 2.2).
         controlnets: networks beside them, each with the layout of its encoder if that is known.
         group: the module that calls them one after the other, if there are several.
+        seats: by id of a network, the module that the pipeline calls in its place (`torch.compile(network)`).
     """
 
     pipe: Any
@@ -36,6 +39,20 @@ class ModelMap:
     denoisers: tuple[tuple[nn.Module, Layout], ...]
     controlnets: tuple[tuple[nn.Module, UNetLayout | None], ...]
     group: nn.Module | None = None
+    seats: Mapping[int, nn.Module] = field(default_factory=dict)
+
+    def seat(self, network: nn.Module) -> nn.Module:
+        """The module that the pipeline calls: the network itself, or what stands around it."""
+        return self.seats.get(id(network), network)
+
+    def refuse_compiled(self, name: str) -> None:
+        """Raise `Unsupported` if a network is compiled as a whole: what acts inside would be traced into its graph."""
+        for network, layout in (*self.denoisers, *self.controlnets):
+            if is_compiled(network) or is_compiled(self.seat(network)):
+                raise Unsupported(
+                    f"{name} acts inside {type(network).__name__}, which is compiled as a whole; "
+                    f"{_advice(self, network, layout)}"
+                )
 
     @property
     def denoiser(self) -> nn.Module:
@@ -75,19 +92,56 @@ def describe(pipe: Any) -> ModelMap:
         Unsupported: the pipeline or its denoiser is not known, with the reason.
     """
     convention = find_convention(pipe)
-    found = [(name, getattr(pipe, name, None)) for name in (convention.denoiser, *convention.others)]
-    for name, network in found:
-        if type(network).__name__ == "OptimizedModule":
-            raise Unsupported(
-                f"pipe.{name} is compiled as a whole; compile its repeated blocks instead "
-                f"(pipe.{name}.compile_repeated_blocks())."
-            )
-    denoisers = tuple((network, _describe_denoiser(network)) for _, network in found if network is not None)
-    if not denoisers:
+    called = [getattr(pipe, name, None) for name in (convention.denoiser, *convention.others)]
+    seated = [_unwrapped(network) for network in called if network is not None]
+    if not seated:
         raise Unsupported(f"this {type(pipe).__name__} has no {convention.denoiser}.")
     controlnet = getattr(pipe, "controlnet", None)
-    nets = tuple((net, describe_controlnet(net)) for net in _controlnets(controlnet))
-    return ModelMap(pipe, convention, denoisers, nets, controlnet if hasattr(controlnet, "nets") else None)
+    beside = [_unwrapped(net) for net in _controlnets(controlnet)]
+    return ModelMap(
+        pipe,
+        convention,
+        tuple((network, _describe_denoiser(network)) for network, _ in seated),
+        tuple((net, describe_controlnet(net)) for net, _ in beside),
+        controlnet if hasattr(controlnet, "nets") else None,
+        {id(network): seat for network, seat in (*seated, *beside)},
+    )
+
+
+def is_spread(network: Any) -> bool:
+    """Whether this network's tokens are divided between processes (context parallelism of diffusers)."""
+    return getattr(getattr(network, "_parallel_config", None), "context_parallel_config", None) is not None
+
+
+def _unwrapped(network: Any) -> tuple[nn.Module, nn.Module]:
+    """A network without what others put around it, and the module at which to stand around its calls.
+
+    PEFT and distributed training call the network inside them as a module; only a compiled one has to be left whole.
+    """
+    kinds = [cls.__name__ for cls in type(network).__mro__]
+    if "DataParallel" in kinds:
+        raise Unsupported(
+            f"this {type(network.module).__name__} is inside a DataParallel, which copies it for every call; put the "
+            "network itself into the pipeline."
+        )
+    if "OptimizedModule" in kinds:
+        return _unwrapped(network._orig_mod)[0], network
+    if "PeftModel" in kinds:
+        return _unwrapped(network.get_base_model())
+    if "DistributedDataParallel" in kinds:
+        return _unwrapped(network.module)
+    return network, network
+
+
+def _advice(model: ModelMap, network: nn.Module, layout: Any) -> str:
+    """How this network's blocks are compiled one by one."""
+    names = (model.convention.denoiser, *model.convention.others, "controlnet")
+    held = ((name, getattr(model.pipe, name, None)) for name in names)
+    place = next((f"pipe.{name}" for name, one in held if one in (network, model.seat(network))), "network")
+    if getattr(network, "_repeated_blocks", None) or not isinstance(layout, TransformerLayout):
+        return f"compile its repeated blocks instead ({place}.compile_repeated_blocks())."
+    lists = " + ".join(f"list({place}.{stack.name})" for stack in layout.stacks)
+    return f"compile its blocks one by one instead (for block in {lists}: block.compile())."
 
 
 def _describe_denoiser(network: nn.Module) -> Layout:

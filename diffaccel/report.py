@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +24,9 @@ class Report:
         evaluations: denoiser forwards really executed (full or partial).
         rows: batch rows really evaluated, summed over the evaluations.
         seconds: wall time of the whole pipeline call, text encoders and decoder included.
-        flops: FLOPs of denoiser and ControlNets, counted from the operators that ran (2 per multiply-add).
-        flops_plain: FLOPs of the same call without any method.
+        flops: FLOPs of denoiser and ControlNets, counted from the operators that ran (2 per multiply-add); 0 if they
+            could not be counted, and a note says why.
+        flops_plain: FLOPs of the same call without any method; 0 if they could not be counted.
         completed: False if the call ended by an exception or was interrupted before its last step.
         recipe: the recipe that was asked for.
         methods: per method, what it did.
@@ -83,8 +86,15 @@ class Report:
 
     @property
     def flops_ratio(self) -> float:
-        """How many times fewer FLOPs than plain; 1.0 if nothing ran."""
+        """How many times fewer FLOPs than plain; 1.0 if nothing ran, NaN if they could not be counted."""
+        if not self.counted:
+            return math.nan
         return self.flops_plain / self.flops if self.flops else 1.0
+
+    @property
+    def counted(self) -> bool:
+        """Whether the FLOPs of every network call could be counted."""
+        return all(e.flops is not None for e in self.trace)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; the trace is left out."""
@@ -94,13 +104,18 @@ class Report:
             "operators": self.operators,
         }
 
+    def _flops(self) -> str:
+        if not self.counted:
+            return "not counted"
+        return f"{self.flops:.3e}   (plain {self.flops_plain:.3e}, {self.flops_ratio:.2f}x fewer)"
+
     def __str__(self) -> str:
         lines = [
             f"recipe        {self.recipe['name']}{'' if self.completed else '   (did not finish)'}",
             f"steps         {self.steps}",
             f"evaluations   {self.evaluations}   ({self.rows} rows)",
             f"seconds       {self.seconds:.2f}",
-            f"FLOPs         {self.flops:.3e}   (plain {self.flops_plain:.3e}, {self.flops_ratio:.2f}x fewer)",
+            f"FLOPs         {self._flops()}",
         ]
         for name, counts in self.methods.items():
             lines.append(f"{name:<22}" + ", ".join(f"{key} {value}" for key, value in counts.items()))
@@ -122,13 +137,15 @@ def refuse_broken(report: Report | None) -> None:
 def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed: bool) -> Report:
     """Sum up a run. `completed` says whether the pipeline returned normally."""
     denoiser = [e for e in run.evaluations if e.network == "denoiser"]
+    flops = [e.flops for e in run.evaluations if e.flops is not None]
+    counted = len(flops) == len(run.evaluations)
     return Report(
         steps=run.steps,
         evaluations=sum(e.rows > 0 for e in denoiser),
         rows=sum(e.rows for e in denoiser),
         seconds=seconds,
-        flops=sum(e.flops for e in run.evaluations),
-        flops_plain=round(_plain_flops(run.evaluations) * run.plain_ratio),
+        flops=sum(flops) if counted else 0,
+        flops_plain=round(_plain_flops(run.evaluations) * run.plain_ratio) if counted else 0,
         completed=completed and run.complete,
         recipe=recipe,
         methods=run.counters,
@@ -142,11 +159,19 @@ def build_report(run: Run, recipe: dict[str, Any], seconds: float, *, completed:
 
 
 def _plain_flops(evaluations: list[Evaluation]) -> float:
-    """Rows the pipeline asked for, times what a row costs in a complete call of the same network in this run."""
-    total = 0.0
-    dense: dict[str, float] = {}
+    """Rows the pipeline asked for, times what a row costs in a complete call of the same kind in this run.
+
+    The newest such call counts, else the first one after it; a kind that never ran whole costs what its network does.
+    """
+    total, costs = 0.0, dict[Hashable, float]()
+    for e in reversed(evaluations):
+        costs |= _dense_costs(e)
     for e in evaluations:
-        if e.dense_flops_per_row is not None:
-            dense[e.network] = e.dense_flops_per_row
-        total += e.stock_rows * dense.get(e.network, e.flops / max(e.rows, 1))
+        costs |= _dense_costs(e)
+        whole = costs.get(e.kind, costs.get(e.network))
+        total += e.stock_rows * (e.flops or 0) / max(e.rows, 1) if whole is None else e.stock_rows * whole
     return total
+
+
+def _dense_costs(e: Evaluation) -> dict[Hashable, float]:
+    return {} if e.dense_flops_per_row is None else dict.fromkeys((e.kind, e.network), e.dense_flops_per_row)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffaccel.flops import FlopLedger
+from diffaccel.flops import FlopLedger, PartMeter
 from diffaccel.noise import edm_sigma
 from diffaccel.places import Places
 
@@ -49,6 +49,7 @@ class Call:
             calls). Cached tensors are kept per lane.
         sample_name: the argument with the noisy latents.
         listed: names of the arguments that are lists with one entry per batch row.
+        kind: calls of one kind cost the same for each row where no method acts: network, shapes of a row, text lengths.
         tags: what the methods decided; calls with equal tags and shapes cost the same.
         saved_flops: FLOPs a dense call would have needed on top, counted by the token methods.
         complete: False if parts of the network are skipped, so that the call says nothing about the dense cost.
@@ -63,6 +64,7 @@ class Call:
     complete: bool = True
     sample_name: str = "sample"
     listed: frozenset[str] = frozenset()
+    kind: Hashable = None
 
     @property
     def sample(self) -> torch.Tensor:
@@ -231,16 +233,17 @@ class Clock:
 
 @dataclass
 class Evaluation:
-    """What one executed network call was, for the report."""
+    """What one executed network call was, for the report; `flops` is None where they could not be counted."""
 
     network: str
     evaluation: int
     sigma: float
     rows: int
     stock_rows: int
-    flops: int
+    flops: int | None
     dense_flops_per_row: float | None
     tags: tuple[Any, ...]
+    kind: Hashable = field(default=None, repr=False)
 
 
 @dataclass
@@ -297,6 +300,7 @@ class Run:
         attach_again: takes the methods off and attaches them anew.
         guides: whether the pipeline says that it guides; None if it does not say.
         places: which part of the latents each call sees.
+        meters: by id of a network that something else cuts short, what sees how much of it ran.
     """
 
     clock: Clock
@@ -327,6 +331,7 @@ class Run:
     places: Places = field(default_factory=Places)
     _earlier_steps: int = 0
     _earlier_complete: bool = True
+    meters: dict[int, PartMeter] = field(default_factory=dict)
     _around: dict[str, list[tuple[Layer, Around]]] = field(default_factory=dict)
     _planners: list[tuple[Layer, Callable[[], None]]] = field(default_factory=list)
     _watchers: list[Callable[[Call], None]] = field(default_factory=list)
@@ -411,7 +416,9 @@ class Run:
     def skip(self, network: str, call: Call, *tags: Any) -> None:
         """Record a call that the pipeline made and that was answered without running the network."""
         self.evaluations.append(
-            Evaluation(network, self.clock.evaluation, self.clock.sigma, 0, call.rows, 0, None, call.tags + tags)
+            Evaluation(
+                network, self.clock.evaluation, self.clock.sigma, 0, call.rows, 0, None, call.tags + tags, call.kind
+            )
         )
 
     def handle(
@@ -438,6 +445,7 @@ class Run:
         )
         self._branches_seen.update(call.branches)
         self.places.see(call.lane, call.sample)
+        call = replace(call, kind=self._kind(network, call))
         execute = functools.partial(self._execute, network, original, call.rows)
         for _, function in sorted(self._around.get(network, []), key=lambda item: item[0], reverse=True):
             execute = functools.partial(_through, function, execute)
@@ -495,21 +503,42 @@ class Run:
             return ("cond",)
         return self.row_order if rows == len(self.row_order) * self.images else ()
 
+    def _kind(self, network: str, call: Call) -> Hashable:
+        return network, call.lane[0], describe_shapes(call.rows_of(range(1)).arguments), self._lengths(call)
+
+    def _lengths(self, call: Call) -> tuple[int | None, ...]:
+        return tuple(_longest(call.arguments.get(name)) for name in sorted(self.lengths))
+
     def _execute(self, network: str, original: Forward, stock_rows: int, call: Call) -> Any:
-        lengths = tuple(_longest(call.arguments.get(name)) for name in sorted(self.lengths))
-        key = (network, call.tags, describe_shapes(call.arguments), lengths)
-        output, flops = self.ledger.count(key, lambda: self._original(original, call))
-        dense = (flops + call.saved_flops) / call.rows if call.complete else None
+        key = (network, call.tags, describe_shapes(call.arguments), self._lengths(call))
+        output, flops = self._count(call.lane[0], key, lambda: self._original(original, call))
+        dense = (flops + call.saved_flops) / call.rows if call.complete and flops is not None else None
+        clock = self.clock
         self.evaluations.append(
-            Evaluation(network, self.clock.evaluation, self.clock.sigma, call.rows, stock_rows, flops, dense, call.tags)
+            Evaluation(
+                network, clock.evaluation, clock.sigma, call.rows, stock_rows, flops, dense, call.tags, call.kind
+            )
         )
         return output
 
+    def _count(self, network: int, key: Hashable, work: Callable[[], Any]) -> tuple[Any, int | None]:
+        meter = self.meters.get(network)
+        output, flops = self.ledger.count(key, work) if meter is None else meter.count(self.ledger, key, work)
+        if flops is None:
+            self.note(f"FLOPs are not counted: counting does not work inside this network ({self.ledger.failure}).")
+        return output, flops
+
     def _original(self, original: Forward, call: Call) -> Any:
+        arguments = {name: _fresh(value) for name, value in call.arguments.items()}
         if self.sample_name not in self.listed:
-            return original(**call.arguments)
-        arguments = {**call.arguments, self.sample_name: list(call.sample.unbind())}
+            return original(**arguments)
+        arguments = {**arguments, self.sample_name: list(call.sample.unbind())}
         return map_output(original(**arguments), _stack)
+
+
+def _fresh(value: Any) -> Any:
+    """Another list with the same contents: some networks empty the lists they are given, and a call may run twice."""
+    return list(value) if type(value) is list else value
 
 
 def _longest(mask: Any) -> int | None:
@@ -551,5 +580,5 @@ def describe_shapes(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((key, describe_shapes(item)) for key, item in sorted(value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(describe_shapes(item) for item in value)
+        return tuple(item if isinstance(item, int) else describe_shapes(item) for item in value)
     return value is None

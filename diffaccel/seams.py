@@ -95,19 +95,24 @@ class Seams:
             passed: called when another thread has called the module meanwhile.
 
         Raises:
-            Unsupported: the whole module is compiled, so a Python replacement would be traced into its graph.
+            Unsupported: the module is compiled, so a Python replacement would be traced into its graph.
         """
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise Unsupported(
-                f"{type(module).__name__} is compiled as a whole; compile its repeated blocks instead "
-                f"(pipe.unet.compile_repeated_blocks())."
-            )
+            raise Unsupported(f"this {type(module).__name__} is compiled, and a change would be traced into its graph.")
         self.replace(module, "forward", _InThread(make(module.forward), module.forward, passed).call)
 
-    def replace_compiled(self, block: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace a compiled block's call by `make(compiled call)`, for calls from this thread."""
-        compiled: Any = block._compiled_call_impl
-        self.replace(block, "_compiled_call_impl", _InThread(make(compiled), compiled).call)
+    def replace_call(
+        self,
+        module: nn.Module,
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+        passed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As `replace_forward`, but outside of the module's graph if it is compiled."""
+        compiled: Any = getattr(module, "_compiled_call_impl", None)
+        if compiled is None:
+            self.replace_forward(module, make, passed)
+        else:
+            self.replace(module, "_compiled_call_impl", _InThread(make(compiled), compiled, passed).call)
 
     def stand_aside(self, network: nn.Module) -> None:
         """Let other threads run the compiled blocks of a network uncompiled: graphs cannot tell threads apart."""
@@ -186,6 +191,19 @@ class _BlocksInThread(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(index) if threading.get_ident() == self._thread else self._others[0][index]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` stands around this module's call, in any of its forms.
+
+    They are `module.compile()`, `torch.compile(module)` (a module of its own around it) and
+    `module.forward = torch.compile(module.forward)`.
+    """
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__name__ == "OptimizedModule"
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 class Addition:

@@ -42,8 +42,9 @@ class SkipBranch(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, stream: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        update: torch.Tensor = self.linear(self.norm(torch.cat([stream, skip], dim=-1)))
-        return stream + update
+        normed: torch.Tensor = self.norm(torch.cat([stream, skip], dim=-1))
+        update: torch.Tensor = self.linear(normed.to(self.linear.weight.dtype))
+        return stream + update.to(stream.dtype)
 
 
 class _FloatNorm(nn.LayerNorm):
@@ -175,8 +176,10 @@ def _width(layout: TransformerLayout) -> int:
 
 
 def _attach(transformer: nn.Module, layout: TransformerLayout, branches: SkipBranches) -> SkipBranches:
-    weight = next(p for p in layout.blocks[-1].parameters() if p.is_floating_point())
-    branches.to(weight.device, weight.dtype).train(transformer.training)
+    weight = next(layout.blocks[-1].parameters())
+    # packed and 8-bit weights are no type to compute in
+    wide = (p.dtype for p in layout.blocks[-1].parameters() if p.is_floating_point() and p.element_size() > 1)
+    branches.to(weight.device, next(wide, torch.float32)).train(transformer.training)
     addition = Addition(transformer, ATTACHED_BRANCHES, branches)
     kept: dict[int, torch.Tensor] = {}
     addition.before(transformer, _Forget(kept))

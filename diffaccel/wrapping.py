@@ -19,14 +19,15 @@ from diffaccel.flops import FlopLedger
 from diffaccel.kernels.registration import recording
 from diffaccel.method import Method
 from diffaccel.methods.conditions import AdapterProbe
-from diffaccel.model_map import ModelMap, describe
+from diffaccel.model_map import ModelMap, describe, is_spread
 from diffaccel.models.transformers import TransformerLayout
+from diffaccel.others import live_with_others
 from diffaccel.pipelines.presets import resolve_recipe
 from diffaccel.places import stepped
 from diffaccel.recipe import Recipe
 from diffaccel.report import Report, build_report
 from diffaccel.run import Clock, Run
-from diffaccel.seams import Seams
+from diffaccel.seams import Seams, is_compiled
 
 _OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 
@@ -52,8 +53,7 @@ class AcceleratedPipeline:
     def __init__(self, pipe: Any, recipe: Recipe, attention_kernel: str = "sdpa") -> None:
         model = describe(pipe)
         recipe = recipe.on_transformers() if isinstance(model.layout, TransformerLayout) else recipe.on_unets()
-        for method in recipe.methods:
-            method.check(model)
+        _check(model, recipe, attention_kernel)
         if attention_kernel != "sdpa":
             check_kernel(attention_kernel, model)
         self.pipe, self.recipe, self.report = pipe, recipe, None
@@ -68,8 +68,7 @@ class AcceleratedPipeline:
         convention = model.convention
         networks = _describe_work(model)
         if networks != self._networks:
-            for method in self.recipe.methods:
-                method.check(model)
+            _check(model, self.recipe, self.attention_kernel)
             self._ledger, self._measured, self._networks = FlopLedger(), {}, networks
         clock = Clock(
             self.pipe.scheduler,
@@ -161,9 +160,32 @@ def wrap(
 def _describe_work(model: ModelMap) -> Hashable:
     """What the work of a network call depends on besides its arguments: weights, adapters, where they are."""
     return tuple(
-        (AdapterProbe(net).state(), tuple((p.shape, p.dtype, p.device) for p in net.parameters()))
+        (
+            is_compiled(net),
+            id(model.seat(net)),
+            AdapterProbe(net).state(),
+            tuple((p.shape, p.dtype, p.device) for p in net.parameters()),
+        )
         for net in _networks(model)
     )
+
+
+def _check(model: ModelMap, recipe: Recipe, attention_kernel: str) -> None:
+    """Raise `Unsupported` if a method, or the kernel, cannot work on this model as it is now."""
+    inside = [method.name for method in recipe.methods if method.inside and not method.is_off]
+    if attention_kernel != "sdpa":
+        inside.append(f"the attention kernel {attention_kernel!r}")
+    if inside:
+        model.refuse_compiled(inside[0])
+    tokens = next((method.name for method in recipe.methods if method.by_token and not method.is_off), None)
+    spread = next((type(network).__name__ for network, _ in model.denoisers if is_spread(network)), None)
+    if tokens and spread:
+        raise Unsupported(
+            f"{tokens} needs all tokens of a picture in one place, and context parallelism divides those of this {spread} "
+            "between processes."
+        )
+    for method in recipe.methods:
+        method.check(model)
 
 
 def _networks(model: ModelMap) -> list[Any]:
@@ -240,6 +262,7 @@ class _Attachment:
         model, run = self.model, self.run
         if self.kernel != "sdpa":
             use_kernel(self.kernel, model, run)
+        live_with_others(model, run, self.seams)
         for network in _networks(model):
             self.seams.stand_aside(network)
         for method in reversed(self.methods):
@@ -264,7 +287,7 @@ def _stand_around(model: ModelMap, network: str, module: Any, run: Run, seams: S
     def passed() -> None:
         run.note(f"another thread called this {type(module).__name__} meanwhile; that call ran without the recipe.")
 
-    seams.replace_forward(module, make, passed)
+    seams.replace_call(model.seat(module), make, passed)
 
 
 def _then(after: Any, original: Any, *args: Any, **kwargs: Any) -> Any:

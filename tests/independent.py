@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def networks(pipe: Any) -> list[Any]:
-    """The UNet and its ControlNets."""
+    """The denoisers and their ControlNets."""
     net = getattr(pipe, "controlnet", None)
-    return [pipe.unet] + ([] if net is None else list(getattr(net, "nets", [net])))
+    denoisers = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    return [part for part in denoisers if part is not None] + ([] if net is None else list(getattr(net, "nets", [net])))
 
 
 @contextmanager

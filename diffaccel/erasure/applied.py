@@ -33,6 +33,7 @@ from diffaccel.erasure.live import (
 )
 from diffaccel.erasure.routes import CONTROL
 from diffaccel.errors import Unsupported
+from diffaccel.seams import is_compiled
 
 _HOME = "_diffaccel_edits"
 _GLIMPSE = 16
@@ -312,7 +313,7 @@ def _plan(edits: Iterable[Edit]) -> dict[str, list[LowRank]]:
 
 def _forget_graphs(network: nn.Module) -> None:
     """Compiled blocks do not look whether hooks came or went, so they are compiled again."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+    if any(is_compiled(module) for module in network.modules()):
         torch.compiler.reset()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffaccel.erasure.edit import DTYPES, Edit, EditedModule, tensor_digest
 from diffaccel.erasure.routes import find_routes
 from diffaccel.errors import Unsupported
+from diffaccel.seams import is_compiled
 
 FUSED = "to_kv"
 NO_WEIGHT = "no weight in fp32, fp16 or bf16 (quantised, not loaded, or offloaded to disk)"
@@ -90,7 +91,7 @@ def network_of(pipe: Any, edit: Edit) -> tuple[str, nn.Module]:
     """
     name = edit.modules[0].name.split(".")[0]
     network = getattr(pipe, name, None)
-    if type(network).__name__ == "OptimizedModule" or getattr(network, "_compiled_call_impl", None) is not None:
+    if network is not None and is_compiled(network):
         raise Unsupported(
             f"pipe.{name} is compiled as a whole; compile its repeated blocks instead "
             f"(pipe.{name}.compile_repeated_blocks())."

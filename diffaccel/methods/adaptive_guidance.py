@@ -36,6 +36,7 @@ class AdaptiveGuidance(Method):
 
     name: ClassVar[str] = "adaptive_guidance"
     layer: ClassVar[Layer] = Layer.GUIDANCE
+    inside: ClassVar[bool] = False
 
     threshold: float = Field(default=0.999, gt=0, le=1)
 

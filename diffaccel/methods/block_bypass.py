@@ -177,7 +177,7 @@ def bypass_to_norm(layout: TransformerLayout, store: FeatureStore, seams: Seams)
         for block in stack.blocks:
             _step_over(block, stack.outputs, store, seams)
     for module in _readers(layout):
-        replace_call(module, lambda original: lambda *a, **k: store.read(original, a, k), seams)
+        seams.replace_call(module, lambda original: lambda *a, **k: store.read(original, a, k))
 
 
 def bypass_part(layout: TransformerLayout, first: int, last: int, store: ResidualStore, seams: Seams) -> None:
@@ -188,7 +188,7 @@ def bypass_part(layout: TransformerLayout, first: int, last: int, store: Residua
     block, outputs = listed[last]
     # behind the last main block only the image is read
     kept = ("image",) if last == len(listed) - 1 and "image" in outputs else outputs
-    replace_call(block, lambda original: lambda *a, **k: store.leave(outputs, kept, original, a, k), seams)
+    seams.replace_call(block, lambda original: lambda *a, **k: store.leave(outputs, kept, original, a, k))
 
 
 def check_part(name: str, layout: TransformerLayout, keep_first: int, keep_last: int) -> None:
@@ -207,15 +207,8 @@ def check_part(name: str, layout: TransformerLayout, keep_first: int, keep_last:
             )
 
 
-def replace_call(module: nn.Module, make: Callable[[Forward], Forward], seams: Seams) -> None:
-    """Stand around a module, outside of its graph if it is compiled."""
-    compiled = getattr(module, "_compiled_call_impl", None)
-    replace = seams.replace_forward if compiled is None else seams.replace_compiled
-    replace(module, make)
-
-
 def _step_over(block: nn.Module, outputs: tuple[str, ...], store: _Switch, seams: Seams) -> None:
-    replace_call(block, lambda original: lambda *a, **k: store.step_over(outputs, original, a, k), seams)
+    seams.replace_call(block, lambda original: lambda *a, **k: store.step_over(outputs, original, a, k))
 
 
 def _readers(layout: TransformerLayout) -> list[nn.Module]:

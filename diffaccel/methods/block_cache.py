@@ -22,16 +22,16 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from diffaccel.errors import Unsupported
-from diffaccel.flops import FlopLedger, count_flops
+from diffaccel.flops import FlopLedger
 from diffaccel.method import Method, register
 from diffaccel.methods import block_cache_dit
 from diffaccel.methods.block_cache_dit import DualBlockCache, StackWatch
 from diffaccel.methods.cache_plan import Seen, warn_few
 from diffaccel.methods.conditions import AdapterProbe
-from diffaccel.model_map import ModelMap
+from diffaccel.model_map import ModelMap, is_spread
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.run import Call, Layer, Proceed, Run
-from diffaccel.seams import Seams
+from diffaccel.seams import Seams, is_compiled
 
 Kind = Literal["first_block", "mag", "taylor", "pyramid", "dual_block"]
 Target = Literal["attention", "output"]
@@ -153,6 +153,11 @@ class BlockCache(Method):
                 block_cache_dit.refuse_unfit(self, model.pipe, network, layout)
             else:
                 _refuse_unfit(self, network, layout)
+        if self.kind in ("first_block", "dual_block") and any(is_spread(network) for network, _ in model.denoisers):
+            raise Unsupported(
+                f"block_cache: {self.kind} decides on every process by its own part of the tokens, so that under context "
+                "parallelism processes could wait for each other for ever; use mag, taylor, pyramid or Forecast."
+            )
         if model.controlnets and self.kind in ("first_block", "mag"):
             raise Unsupported(
                 f"block_cache: on a hit of {self.kind} the residuals of a ControlNet would be added a second time; use "
@@ -198,7 +203,7 @@ def _refuse_unfit(config: BlockCache, network: nn.Module, layout: TransformerLay
         raise Unsupported(f"block_cache: {kind} finds nothing it knows in {name}.")
     if kind in ("first_block", "mag"):
         _refuse_blocks(kind, name, modules, layout)
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in (*modules, *layout.blocks)):
+    if any(is_compiled(module) for module in (*modules, *layout.blocks)):
         raise Unsupported("block_cache: diffusers' cache hooks do not work on compiled blocks; use ResidualCache.")
 
 
@@ -258,6 +263,10 @@ class _Watch:
 
         return forward
 
+    def begin(self) -> None:
+        """A network call begins."""
+        self.ran = 0
+
     def counting(self) -> AbstractContextManager[None]:
         """Nothing is counted by itself."""
         return nullcontext()
@@ -299,7 +308,8 @@ class _Cache:
         if forget:
             self._forget(lane)
         getattr(self, f"_prepare_{config.kind}")(config, lane, run, full)
-        self.watch.ran, self.allowed[0] = 0, not full
+        self.watch.begin()
+        self.allowed[0] = not full
 
     def _forget(self, lane: str) -> None:
         self.states.pop(lane, None)
@@ -397,7 +407,7 @@ def _diffusers_config(config: BlockCache, network: nn.Module, allowed: list[bool
             cache_interval=config.setting("interval"),
             disable_cache_before_step=config.full_first,
             max_order=config.setting("order"),
-            taylor_factors_dtype=next(network.parameters()).dtype,
+            taylor_factors_dtype=None,  # of what each module returns; stored weights may be packed
             use_lite_mode=config.setting("target") == "output",
         )
     return diffusers.PyramidAttentionBroadcastConfig(
@@ -505,17 +515,21 @@ class _OutcomeLedger(FlopLedger):
     """The run's ledger, for calls of which only their end tells whether they were hits or as dear as any full call."""
 
     def __init__(self, ledger: FlopLedger, plan: _Plan) -> None:
-        self._known, self._plan = ledger._known, plan
+        super().__init__()
+        self.known, self._ledger, self._plan = ledger.known, ledger, plan
 
-    def count(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
+    def count(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int | None]:
         """As in the base class; counts until the cost of every outcome is known."""
-        cache = self._plan.current
-        if cache is None or (key in self._known and not self._plan.undecided):
-            return super().count(key, function)
-        if self._plan.undecided and cache.watch.knows(self._known, key):
-            result = function()
-            return result, cache.watch.cost(self._known, key)
-        with cache.watch.counting():
-            result, flops = count_flops(function)
-        cache.watch.remember(self._known, key, flops)
-        return result, flops
+        cache, ledger = self._plan.current, self._ledger
+        if cache is None or (key in self.known and not self._plan.undecided):
+            result = ledger.count(key, function)
+        elif self._plan.undecided and cache.watch.knows(self.known, key):
+            output = function()
+            result = output, cache.watch.cost(self.known, key)
+        else:
+            with cache.watch.counting():
+                result = ledger.counted(function, cache.watch.begin)
+            if result[1] is not None:
+                cache.watch.remember(self.known, key, result[1])
+        self.failure = ledger.failure
+        return result

@@ -22,6 +22,7 @@ from torch import nn
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.models.transformers import TransformerLayout
+from diffaccel.others import enabled_cache
 from diffaccel.run import Call, Run
 from diffaccel.seams import Seams
 
@@ -47,6 +48,8 @@ def refuse_unfit(config: BlockCache, pipe: Any, network: nn.Module, layout: Tran
     name, ends = type(network).__name__, config.setting("first_blocks") + config.setting("last_blocks")
     _import()
     _refuse_enabled(pipe, network)
+    if enabled_cache(network):
+        raise Unsupported(f"block_cache: a cache of diffusers is enabled on this {name} already; disable it first.")
     if layout.long_skips:
         raise Unsupported(f"block_cache: cache-dit does not know the long skips between the blocks of {name}.")
     for found in (stacks := _find(pipe, network)):

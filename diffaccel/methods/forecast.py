@@ -21,7 +21,7 @@ from diffaccel.methods.cache_plan import (
     Coordinate,
     note_whole_controlnets,
 )
-from diffaccel.methods.residual_cache import attach_residual
+from diffaccel.methods.residual_cache import attach_residual, refuse_divided
 from diffaccel.methods.skip_cache import SkipCache, attach_skip
 from diffaccel.model_map import ModelMap
 from diffaccel.models.transformers import TransformerLayout
@@ -59,6 +59,8 @@ class Forecast(CacheSettings):
 
     def check(self, model: ModelMap) -> None:
         if not isinstance(model.layout, UNetLayout):
+            if self.target == "residual":
+                refuse_divided(self.name, model, 0)
             return
         if self.target == "residual":
             raise Unsupported('forecast: target "residual" needs a transformer; on UNets only "features" exists.')

@@ -36,6 +36,7 @@ class GuidanceInterval(Method):
 
     name: ClassVar[str] = "guidance_interval"
     layer: ClassVar[Layer] = Layer.GUIDANCE
+    inside: ClassVar[bool] = False
 
     high: float = Field(default=math.inf, gt=0)
     low: float = Field(default=0.0, ge=0)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffaccel.methods.block_bypass import replace_call
 from diffaccel.methods.bypass import Bypass, Feature
 from diffaccel.models.transformers import ControlLayout, TransformerLayout
 from diffaccel.seams import Seams
@@ -74,8 +73,8 @@ def bypass_blocks(layout: TransformerLayout, depth: int, bypass: BlockBypass, se
     """Bypass the blocks between the `depth` outermost long skips."""
     *inner, last = layout.blocks[depth : len(layout.blocks) - depth]
     for block in inner:
-        replace_call(block, lambda original: lambda *a, **k: bypass.inner(original, a, k), seams)
-    replace_call(last, lambda original: lambda *a, **k: bypass.last(original, a, k), seams)
+        seams.replace_call(block, lambda original: lambda *a, **k: bypass.inner(original, a, k))
+    seams.replace_call(last, lambda original: lambda *a, **k: bypass.last(original, a, k))
     for fuse in layout.fuses[depth:]:
         _step_over(fuse, bypass, seams)
 
@@ -87,7 +86,7 @@ def bypass_control(layout: ControlLayout, depth: int, bypass: BlockBypass, seams
 
 
 def _step_over(module: nn.Module, bypass: BlockBypass, seams: Seams) -> None:
-    replace_call(module, lambda original: lambda *a, **k: bypass.through(original, a, k), seams)
+    seams.replace_call(module, lambda original: lambda *a, **k: bypass.through(original, a, k))
 
 
 def _as_output(values: tuple[torch.Tensor, ...]) -> Any:

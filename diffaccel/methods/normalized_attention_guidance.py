@@ -58,6 +58,7 @@ class NormalizedAttentionGuidance(Method):
 
     name: ClassVar[str] = "normalized_attention_guidance"
     layer: ClassVar[Layer] = Layer.GUIDANCE
+    by_token: ClassVar[bool] = True
 
     negative_prompt: str = ""
     scale: float = Field(default=3.0, ge=1, allow_inf_nan=False)
@@ -290,6 +291,8 @@ class _JointGuided(_Guided):
                 "joint attention both need the same number."
             )
         self.tokens, rows = prompt.shape[1], call.rows
+        # one row of text may stand for several pictures: the network's modulations repeat it
+        prompt, negative = (text.expand(rows, -1, -1) for text in (prompt, negative))
         doubled = call.rows_of([*range(rows), *range(rows)]).tagged(self.settings())
         arguments = {**doubled.arguments, "encoder_hidden_states": torch.cat([prompt, negative])}
         output = self.running(proceed, replace(doubled, arguments=arguments, branches=("cond", "negative")))

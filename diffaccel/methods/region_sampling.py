@@ -60,6 +60,7 @@ class RegionSampling(Method):
 
     name: ClassVar[str] = "region_sampling"
     layer: ClassVar[Layer] = Layer.TOKENS
+    by_token: ClassVar[bool] = True
 
     ratio: float = Field(default=0.5, gt=0, le=1)
     start: int = Field(default=4, ge=1)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from diffaccel.errors import Unsupported
 from diffaccel.method import register
 from diffaccel.methods.block_bypass import ResidualStore, bypass_part, check_part
 from diffaccel.methods.cache_plan import (
@@ -21,7 +22,7 @@ from diffaccel.methods.cache_plan import (
     default_coordinate,
     note_whole_controlnets,
 )
-from diffaccel.model_map import ModelMap
+from diffaccel.model_map import ModelMap, is_spread
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.run import Run
 from diffaccel.seams import Seams
@@ -55,9 +56,19 @@ class ResidualCache(CacheSettings):
         for _, layout in model.denoisers:
             if isinstance(layout, TransformerLayout):
                 check_part(self.name, layout, self.keep_first, self.keep_last)
+        refuse_divided(self.name, model, self.keep_first)
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         attach_residual(self, (self.keep_first, self.keep_last), self.order, self.coordinate, (model, run, seams))
+
+
+def refuse_divided(name: str, model: ModelMap, keep_first: int) -> None:
+    """Raise `Unsupported` if what enters the cached part may be whole while what leaves it is one process's share."""
+    if keep_first == 0 and any(is_spread(network) for network, _ in model.denoisers):
+        raise Unsupported(
+            f"{name}: under context parallelism the first block may be the one that divides the tokens between processes, "
+            "so it cannot be part of what a residual stands for."
+        )
 
 
 def attach_residual(

@@ -65,6 +65,7 @@ class SparseAttention(Method):
 
     name: ClassVar[str] = "sparse_attention"
     layer: ClassVar[Layer] = Layer.ATTENTION
+    by_token: ClassVar[bool] = True
 
     keep: float = Field(default=0.5, gt=0, le=1)
     mode: Literal["topk", "mass"] = "topk"
@@ -189,7 +190,8 @@ class _Sparse:
         for evaluation, rows, ran in self.done:
             for shape, (times, summed) in ran.items():
                 pairs = int(summed)
-                evaluation.flops -= times * shape.listed_flops(rows) - 4 * shape.size * pairs
+                if evaluation.flops is not None:
+                    evaluation.flops -= times * shape.listed_flops(rows) - 4 * shape.size * pairs
                 visited += 4 * shape.size * pairs
                 dense += times * shape.dense_flops(rows)
         totals = self.run.kept.setdefault(self.config.name, [0, 0])

@@ -39,6 +39,7 @@ class SparseCrossAttention(Method):
 
     name: ClassVar[str] = "sparse_cross_attention"
     layer: ClassVar[Layer] = Layer.ATTENTION
+    by_token: ClassVar[bool] = True
 
     scale: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     alpha: float = Field(default=1.5, ge=1.5, le=2)

@@ -46,6 +46,7 @@ class StepReuse(Method):
 
     name: ClassVar[str] = "step_reuse"
     layer: ClassVar[Layer] = Layer.STEP
+    inside: ClassVar[bool] = False
 
     threshold: float = Field(default=0.01, ge=0)
     max_skips: int = Field(default=4, ge=1)

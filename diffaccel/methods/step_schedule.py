@@ -37,6 +37,7 @@ class StepSchedule(Method):
 
     name: ClassVar[str] = "step_schedule"
     layer: ClassVar[Layer] = Layer.SCHEDULE
+    inside: ClassVar[bool] = False
 
     fraction: float = Field(default=1.0, gt=0, le=1)
     steps: int | None = Field(default=None, ge=1)
@@ -62,7 +63,12 @@ class StepSchedule(Method):
     def prepare_call(self, pipe: Any, arguments: dict[str, Any], run: Run, seams: Seams) -> dict[str, Any]:
         if arguments.get("timesteps") is not None or arguments.get("sigmas") is not None:
             raise Unsupported("step_schedule cannot be combined with timesteps or sigmas given in the call.")
-        asked = int(_argument(pipe, arguments, "num_inference_steps"))
+        asked = _argument(pipe, arguments, "num_inference_steps")
+        if not isinstance(asked, int):
+            raise Unsupported(
+                f"step_schedule: {type(pipe).__name__} does not say how many steps it takes by default; give "
+                "num_inference_steps in the call."
+            )
         count = self.steps or max(1, round(asked * self.fraction))
         stock, reduced = evaluations(pipe, arguments, asked), evaluations(pipe, arguments, count)
         if stock and not reduced:

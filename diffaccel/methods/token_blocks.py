@@ -194,7 +194,15 @@ class BlockSites:
         arguments = {**arguments, "hidden_states": torch.cat([hidden[:, :text], short], 1) if site.joint else short}
         if self.config.proportional and self.facts.bias == "none":
             original = functools.partial(biased_joint_attention, site.attention)
-        output = self._call(merged, slots, original, arguments, text)
+        try:
+            output = self._call(merged, slots, original, arguments, text)
+        except (ValueError, NotImplementedError) as error:
+            if not self.config.proportional or "attn_mask" not in str(error):
+                raise
+            raise Unsupported(
+                f"{self.config.name}: proportional needs an attention that takes masks, and the backend set on this "
+                f"transformer does not ({error}); set another one or proportional=False."
+            ) from error
         image = output[0] if isinstance(output, tuple) else output
         full = slots.unmerge(image[:, text:])
         full = torch.cat([image[:, :text], full], dim=1) if site.joint else full

@@ -37,6 +37,7 @@ class TokenDownsampling(Method):
 
     name: ClassVar[str] = "token_downsampling"
     layer: ClassVar[Layer] = Layer.TOKENS
+    by_token: ClassVar[bool] = True
 
     factor: int = Field(default=2, ge=1, le=8)
     reduction: Literal["nearest", "average"] = "nearest"

@@ -57,6 +57,7 @@ class TokenMerging(Method):
 
     name: ClassVar[str] = "token_merging"
     layer: ClassVar[Layer] = Layer.TOKENS
+    by_token: ClassVar[bool] = True
 
     ratio: float = Field(default=0.5, ge=0, le=0.75)
     matcher: Literal["window", "importance", "tile", "agglomerative"] = "window"

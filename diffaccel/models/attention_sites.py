@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffaccel.errors import Unsupported
+from diffaccel.seams import is_compiled
 
 Text = Literal["none", "before", "after"]
 Grid = Callable[[Any, Mapping[str, Any]], tuple[int, int]]
@@ -97,7 +98,7 @@ def image_attentions(method: str, network: nn.Module) -> ImageAttentions:
     name = type(network).__name__
     if name not in _ENTRIES:
         raise Unsupported(f"{method} does not work on {name}: {_REFUSALS.get(name, 'it is not known.')}")
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+    if any(is_compiled(module) for module in network.modules()):
         raise Unsupported(
             f"{method} cannot run on this {name}: its blocks are compiled, and its lists would be traced into their graphs."
         )

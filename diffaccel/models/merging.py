@@ -14,6 +14,7 @@ from torch import nn
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import describe_transformer
 from diffaccel.run import Call
+from diffaccel.seams import is_compiled
 
 Bias = Literal["rows", "heads", "none"]
 
@@ -135,6 +136,6 @@ def merge_facts(method: str, network: nn.Module) -> MergeFacts:
 def _refuse_setup(network: Any) -> str | None:
     if any(hasattr(module, "to_k_ip") for module in network.modules()):
         return "an IP-Adapter is loaded, whose processors need the image tokens one by one; unload it."
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+    if any(is_compiled(module) for module in network.modules()):
         return "its blocks are compiled, and the maps of a step would be traced into their graphs."
     return None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffaccel.errors import Unsupported
+from diffaccel.seams import is_compiled
 
 Table = tuple[torch.Tensor, ...]  # position table: tensors with one row per token
 
@@ -258,6 +259,6 @@ def _site(attention: Any, joint: bool, heads_first: bool) -> Site:
 def _refuse_setup(network: Any, sites: tuple[Site, ...]) -> str | None:
     if any(getattr(site.attention, "fused_projections", False) for site in sites):
         return "its projections are fused; undo that with `unfuse_qkv_projections()`."
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules()):
+    if any(is_compiled(module) for module in network.modules()):
         return "its blocks are compiled, and stored keys and values would be traced into their graphs."
     return None
