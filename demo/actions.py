@@ -156,13 +156,17 @@ class Actions:
     # --- running ---
 
     def prepare(self, tab: str) -> Callable[..., tuple[Update, ...]]:
-        """First half of a run: refuse a wrong recipe at once, then hand the buttons to the run."""
+        """First half of a run: refuse a wrong recipe at once if there is one, then hand the buttons to the run."""
 
-        def start(request: gr.Request, preset: str, methods: list[str], *shown: Any) -> tuple[Update, ...]:
+        def start(request: gr.Request, *recipe: Any) -> tuple[Update, ...]:
             session = self.session(request)
             session.problem = ""  # what the server refuses before an action starts leaves no sentence of its own
-            with self._readable(session):
-                text = self._json(self._recipe(preset, methods, shown))
+            text = gr.skip()
+            if recipe:
+                preset, methods, *shown = recipe
+                with self._readable(session):
+                    text = self._json(self._recipe(preset, methods, shown))
+            session.complaints.pop(tab, None)
             session.prepare(tab)
             return text, gr.update(interactive=False), gr.update(interactive=True), ""
 
@@ -173,10 +177,27 @@ class Actions:
         """The run is over: its sentence stays, its buttons are back."""
         return gr.skip(), gr.update(interactive=True), gr.update(interactive=False)
 
-    def failed(self, request: gr.Request) -> tuple[Update, Update, Update]:
+    def failed(self, tab: str) -> Callable[..., tuple[Update, Update, Update]]:
         """The run was refused or broke: why, and its buttons are back."""
-        known = self.problem(request) or message("A value was refused; the notice says why.", "bad")
-        return known, gr.update(interactive=True), gr.update(interactive=False)
+
+        def ended(request: gr.Request, *inputs: Any) -> tuple[Update, Update, Update]:
+            self.session(request).complaints[tab] = inputs
+            known = self.problem(request) or message("A value was refused; the notice says why.", "bad")
+            return known, gr.update(interactive=True), gr.update(interactive=False)
+
+        return ended
+
+    def forget(self, tab: str) -> Callable[..., Update]:
+        """A complaint goes when its inputs are others; it may be right no longer."""
+
+        def changed(request: gr.Request, *inputs: Any) -> Update:
+            complaints = self.session(request).complaints
+            if complaints.get(tab, inputs) == inputs:  # also an answer to a change from before the complaint
+                return gr.skip()
+            del complaints[tab]
+            return ""
+
+        return changed
 
     @contextmanager
     def _run(
@@ -310,6 +331,7 @@ class Actions:
         height: float | None,
         format: str,
         metadata: bool,
+        model: str,
         request: gr.Request,
     ) -> str:
         """The uploaded list as it will be drawn, or all that is wrong with it."""
@@ -319,7 +341,8 @@ class Actions:
         try:
             options = _options("", seed, steps, guidance, width, height, format, metadata)
             with session.passing_folder() as folder:
-                return batching.preview(batching.check(folder, file, options))
+                plan = batching.check(folder, file, options)
+                return batching.preview(plan, self.engine.pipeline_class(model))
         except BatchError as error:
             return _problems(error)
         except DiffaccelError as error:
@@ -350,7 +373,7 @@ class Actions:
         except Cancelled as stop:
             return *([gr.skip()] * 3), message(str(stop))
         report = found.report
-        gallery = gr.update(value=[str(path) for path in found.pictures[-batching.SHOWN :]], visible=True)
+        gallery = gr.update(value=found.gallery(), visible=True)
         archive = None if found.archive is None else str(found.archive)
         text = f"{report.done} of {report.total} pictures"
         ended = message(f"Cancelled: {text} are complete.") if found.cancelled else message(f"Done: {text}.", "good")
@@ -404,7 +427,11 @@ def _problems(error: BatchError) -> str:
         return message(sentence(error), "bad")
     count = len(error.problems)
     head = f"{count} {'problem' if count == 1 else 'problems'} in the list:"
-    return message(head, "bad") + notes([str(problem) for problem in error.problems[:50]])
+    return message(head, "bad") + notes([_cut(str(problem)) for problem in error.problems[:50]])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def _edit_note(session: Session) -> str:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch import BatchError, BatchPlan, BatchProgress, BatchReport, BatchSettings, plan_batch, run_batch
+from diffaccel.batch.arguments import arguments_of
+from diffaccel.batch.fields import Row
 from diffaccel.batch.rows import Limits, TooLarge
+from diffaccel.batch.settings import RowProblem
 from diffaccel.demo.engine import Engine, PageError, Watch
 from diffaccel.demo.markup import notes, table, tiles
 from diffaccel.demo.sessions import Session
@@ -40,14 +43,21 @@ class Batched:
     """What came out.
 
     Attributes:
-        pictures: the finished files, in the order of the list.
+        rows: the finished rows, in the order of the list.
+        pictures: their files.
         archive: all of them with the manifest, zipped; None if there are none.
     """
 
     report: BatchReport
+    rows: tuple[Row, ...]
     pictures: tuple[Path, ...]
     archive: Path | None
     cancelled: bool
+
+    def gallery(self) -> list[tuple[str, str]]:
+        """(file, caption) of the last pictures."""
+        found = [(str(path), _caption(row)) for row, path in zip(self.rows, self.pictures, strict=True)]
+        return found[-SHOWN:]
 
     def figures(self) -> str:
         """Figures, failed rows and notes as HTML."""
@@ -62,6 +72,14 @@ class Batched:
         rows = [(f"row {failure.row}", failure.sentence) for failure in report.failures[:50]]
         failed = table(("", "why it failed"), rows, "Failed rows", text=True) if rows else ""
         return shown + failed + notes([*report.notes, *([report.stopped] if report.stopped else [])])
+
+
+def _caption(row: Row) -> str:
+    return f"{row.number}: {_short(row.prompt)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check(folder: Path, file: str | None, options: Options) -> BatchPlan:
@@ -133,8 +151,9 @@ def run(
         fast = engine.wrapped(session.with_edit(recipe), str(session.folder))
         name = Path(model).name
         report = run_batch(plan, fast, on_progress=on_progress, should_stop=watch.cancel.is_set, model=name)
-    pictures = tuple(path for row in plan.rows if (path := plan.path(row)).is_file())
-    return Batched(report, pictures, _archive(plan.output, pictures, report), watch.cancel.is_set())
+    rows = tuple(row for row in plan.rows if plan.path(row).is_file())
+    pictures = tuple(map(plan.path, rows))
+    return Batched(report, rows, pictures, _archive(plan.output, pictures, report), watch.cancel.is_set())
 
 
 def _archive(output: Path, pictures: tuple[Path, ...], report: BatchReport) -> Path | None:
@@ -149,13 +168,25 @@ def _archive(output: Path, pictures: tuple[Path, ...], report: BatchReport) -> P
     return path
 
 
-def preview(plan: BatchPlan) -> str:
-    """The first rows as they will be drawn."""
+def preview(plan: BatchPlan, pipeline: type | None) -> str:
+    """The first rows as they will be drawn.
+
+    Args:
+        pipeline: what draws them; None if its class is not known.
+    Raises:
+        BatchError: a column that is none of a batch and no argument of the pipeline.
+    """
+    further = {name for row in plan.rows for name, _ in row.extras}
+    unsure = sorted(further) if pipeline is None else []
+    unknown = [] if pipeline is None else sorted(further - arguments_of(pipeline))
+    if unknown:
+        said = f"is no column of a batch and no call argument of {getattr(pipeline, '__name__', pipeline)}."
+        raise BatchError.of([RowProblem(0, f"The column {name!r} {said}") for name in unknown])
     header = ("row", "prompt", "seed", "steps", "size", "file")
     rows: list[Any] = [
         (
             str(row.number),
-            row.prompt if len(row.prompt) <= 60 else f"{row.prompt[:57]}...",
+            _short(row.prompt),
             str(row.seed),
             str(row.steps),
             "model's own" if row.size is None else f"{row.size[0]} x {row.size[1]}",
@@ -163,5 +194,9 @@ def preview(plan: BatchPlan) -> str:
         )
         for row in plan.rows[:8]
     ]
-    more = f", the first {len(rows)} of them" if len(plan.rows) > len(rows) else ""
-    return table(header, rows, f"{len(plan.rows)} rows, all valid{more}", text=True)
+    count = len(plan.rows)
+    valid = "1 row, valid" if count == 1 else f"{count} rows, all valid"
+    if unsure:
+        valid = f"{count} rows; whether the pipeline takes {', '.join(unsure)} is not known before it is loaded"
+    more = f"; the first {len(rows)} of them" if count > len(rows) else ""
+    return table(header, rows, valid + more, text=True)

@@ -184,12 +184,25 @@ class Engine:
 
     def is_transformer(self, name: str) -> bool:
         """Whether the model's denoiser is a transformer, read from its index without loading it."""
+        return "transformer" in self._index(name)
+
+    def pipeline_class(self, name: str) -> type | None:
+        """The model's pipeline class, read from its index without loading it; None if diffusers has none of that name."""
+        import diffusers
+
+        found = getattr(diffusers, str(self._index(name).get("_class_name")), None)
+        return found if isinstance(found, type) else None
+
+    def _index(self, name: str) -> dict[str, Any]:
         resolved = self.resolve(name)
         folder = miniature_path(resolved) if resolved in NAMES else Path(resolved)
         try:
-            return "transformer" in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PageError(f"The index of {name} cannot be read: {error}.") from error
+        if not isinstance(index, dict):
+            raise PageError(f"The index of {name} is no JSON object.")
+        return index
 
     def known_map(self, name: str) -> ModelMap | None:
         """What is known about a model if it is the one in memory; loading it for a question would take too long."""

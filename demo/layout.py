@@ -19,10 +19,11 @@ def build(actions: Actions) -> gr.Blocks:
     page: gr.Blocks = gr.Blocks(title="diffaccel", analytics_enabled=False, delete_cache=(3600, 24 * 3600))
     with page:
         gr.HTML(TITLE, elem_id="title")
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="workplace"):
             with gr.Column(scale=4, min_width=300, elem_id="controls"):
                 picture = picture_controls(actions)
-                switches = recipe_controls(actions)
+                with gr.Column(elem_id="recipe-panel"):
+                    switches = recipe_controls(actions)
             with gr.Column(scale=7, min_width=300, elem_id="results"), gr.Tabs(elem_id="tabs"):
                 with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                     compare_tab(actions, picture, switches)

@@ -28,6 +28,7 @@ class Session:
         edit: the last edit computed on the Erase tab, as (edit, file name inside `folder`).
         applied: the edit that acts on the pictures of this session; looking at another one does not take it away.
         problem: the sentence of the last error, for the page.
+        complaints: tabs whose status is about something wrong, with the inputs that were wrong.
         filled: the preset that the page's switches were last set to.
     """
 
@@ -35,6 +36,7 @@ class Session:
     edit: tuple[Any, str] | None = None
     applied: tuple[Any, str] | None = None
     problem: str = ""
+    complaints: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     filled: Recipe | None = None
     _events: dict[str, threading.Event] = field(default_factory=dict)
     _runs: int = 0

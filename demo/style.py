@@ -95,7 +95,24 @@ CSS = """
   overflow-wrap: anywhere; background: var(--block-background-fill); }
 .da-message.da-good { border-left: 4px solid var(--da-full); }
 .da-message.da-bad { border-left: 4px solid #dc2626; }
-#explore-gallery, #explore-gallery .grid-wrap, #batch-gallery .grid-wrap { max-height: none; height: auto; }
+.block.da-status { min-height: 44px; }
+/* Progress takes a place of its own: over the page it would cover what stands below. */
+.da-status > .wrap:not(.hide) { position: static !important; padding: 0 !important; gap: 4px;
+  overflow: visible; }
+.da-status > .wrap:not(.hide) .meta-text, .da-status > .wrap:not(.hide) .meta-text-center { position: static; padding: 0;
+  transform: none; }
+.da-status > .wrap:not(.hide) .progress-level { width: 100%; gap: 6px; }
+.da-status > .wrap:not(.hide) .progress-bar-wrap { width: 100%; }
+.da-status > .wrap:not(.hide) ~ .html-container { display: none; }
+.gradio-container button:disabled { background: var(--background-fill-secondary) !important; box-shadow: none !important;
+  color: var(--body-text-color-subdued) !important; border: 1px solid var(--border-color-primary) !important;
+  opacity: 0.6 !important; cursor: not-allowed; }
+/* The picture file of a plot stays white; on a dark page it is shown the other way round, with the colours it has. */
+.dark #explore-plot img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
+/* What a tab does not use. */
+.gradio-container:has(#tab-batch-button[aria-selected="true"]) #prompt,
+.gradio-container:has(#tab-erase-button[aria-selected="true"]) #recipe-panel { display: none; }
+#explore-gallery, #explore-gallery .grid-wrap, #batch-gallery .grid-wrap { max-height: none; min-height: 0; height: auto; }
 .da-notes { margin: 10px 0 0; padding-left: 20px; font-size: 13.5px; color: var(--body-text-color-subdued); }
 .da-scroll { overflow-x: auto; width: 0; min-width: 100%; }  /* its width is not the page's */
 .da-scroll { margin-top: 14px; }
@@ -116,6 +133,16 @@ CSS = """
   .gradio-container { padding: 10px !important; }
   .da-tiles { grid-template-columns: 1fr 1fr; }
   .da-tile b { font-size: 20px; } .da-bars { gap: 1px; }
+  /* Tabs above the controls, and a run at hand wherever one has scrolled to. */
+  #results, #tabs { display: contents !important; }
+  #tabs > .tab-wrapper { order: -1; flex-basis: 100%; }
+  #tabs > [role="tabpanel"] { flex-basis: 100%; }
+  .da-bar { position: fixed !important; left: 0; right: 0; bottom: 0; z-index: 40; max-height: 45vh; overflow-y: auto;
+    padding: 8px 10px calc(8px + env(safe-area-inset-bottom)); background: var(--body-background-fill);
+    border-top: 1px solid var(--border-color-primary); gap: 6px !important; }
+  .da-bar .block.da-status { min-height: 0; }
+  #explore-gallery .grid-container, #batch-gallery .grid-container { grid-template-columns: 1fr 1fr !important; }
+  .gradio-container { padding-bottom: 150px !important; }
 }
 """
 

@@ -18,6 +18,8 @@ from diffaccel.demo.markup import message
 from diffaccel.demo.timing import ROUNDS
 
 WORKER = "model"  # one queue for everything that needs the model
+# On a phone the result is below the controls; what was invisible until now is mounted a moment later.
+SHOW = "if (innerWidth <= 640) setTimeout(() => document.querySelector('#{}')?.scrollIntoView(), 400);"
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,13 @@ class Buttons:
 
 
 def _buttons(tab: str, label: str) -> Buttons:
-    with gr.Row():
-        run = gr.Button(label, variant="primary", min_width=160, scale=3, elem_id=f"{tab}-run")
-        cancel = gr.Button("Cancel", variant="stop", min_width=100, scale=1, interactive=False, elem_id=f"{tab}-cancel")
-    return Buttons(run, cancel, gr.HTML(min_height=52, elem_id=f"{tab}-status"))
+    with gr.Column(elem_classes="da-bar", elem_id=f"{tab}-bar"):
+        with gr.Row():
+            run = gr.Button(label, variant="primary", min_width=160, scale=3, elem_id=f"{tab}-run")
+            cancel = gr.Button(
+                "Cancel", variant="stop", min_width=100, scale=1, interactive=False, elem_id=f"{tab}-cancel"
+            )
+        return Buttons(run, cancel, gr.HTML(elem_classes="da-status", elem_id=f"{tab}-status"))
 
 
 def _timed(tab: str, *, value: bool) -> gr.Checkbox:
@@ -56,9 +61,10 @@ def _wire_run(
     outputs: Sequence[Any],
 ) -> None:
     """A run in three parts: claim the buttons, wait for the model and work, give the buttons back."""
+    drawn_with = switches.recipe if switches.text in inputs else []
     started = buttons.run.click(
         actions.prepare(tab),
-        switches.recipe,
+        drawn_with,
         [switches.text, buttons.run, buttons.cancel, buttons.status],
         api_visibility="private",
         **QUICK,
@@ -75,7 +81,10 @@ def _wire_run(
     after = [buttons.status, buttons.run, buttons.cancel]
     worked.success(actions.ready, None, after, **SILENT)
     for event in (worked, started):
-        event.failure(actions.failed, None, after, **SILENT)
+        event.failure(actions.failed(tab), list(inputs), after, **SILENT)
+    worked.success(None, js=f"() => {{ {SHOW.format(outputs[0].elem_id)} }}", **SILENT)
+    changes = [control.change for control in inputs]
+    gr.on(changes, actions.forget(tab), list(inputs), buttons.status, trigger_mode="always_last", **SILENT)
     # not into the status: this answer may come after the run's own last word
     answer = gr.HTML(visible=False, elem_id=f"{tab}-answer")
     buttons.cancel.click(actions.cancel(tab), None, answer, api_name=f"cancel_{tab}", **QUICK)
@@ -262,14 +271,15 @@ def erase_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
     applied = apply.click(actions.apply, None, state, api_name="apply_edit", **QUICK)
     undone = undo.click(actions.undo, None, state, api_name="undo_edit", **QUICK)
     for event in (applied, undone):
-        event.failure(actions.problem, None, buttons.status, api_visibility="private", **QUICK)
+        event.failure(actions.failed("erase"), None, [buttons.status, buttons.run, buttons.cancel], **SILENT)
+        event.success(actions.forget("erase"), None, buttons.status, **SILENT)
 
 
 def batch_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
     gr.Markdown(
         "Upload a list: a text file with a prompt a line, or CSV, JSONL or Parquet with a column `prompt` and, where rows "
         "differ, `negative_prompt`, `seed`, `steps`, `width`, `height`, `guidance_scale`, `recipe` and `name`. What a row "
-        "does not say comes from the left; picture *i* gets the seed there plus *i*.",
+        "does not say comes from the left: row 1 gets the seed there, row 2 the next one, and so on.",
         elem_id="batch-about",
     )
     file = gr.File(label="List", file_types=list(KINDS), type="filepath", height=130, elem_id="batch-file")
@@ -299,7 +309,16 @@ def batch_tab(actions: Actions, picture: Picture, switches: Switches) -> None:
     )
     archive = gr.DownloadButton("Download all as ZIP", interactive=False, elem_id="batch-download")
     numbers = [picture.seed, picture.steps, picture.guidance, picture.width, picture.height]
-    file.change(actions.check_batch, [file, *numbers, kind, metadata], preview, api_name="check_batch", **QUICK)
+    shared: list[Any] = [*numbers, kind, metadata, picture.model]
+    gr.on(
+        [control.change for control in (file, *shared)],
+        actions.check_batch,
+        [file, *shared],
+        preview,
+        api_name="check_batch",
+        trigger_mode="always_last",
+        **QUICK,
+    )
     _wire_run(
         actions,
         "batch",

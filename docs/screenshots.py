@@ -29,12 +29,9 @@ an orange square left of a green ring
 
 
 def compare(visitor: Visitor, folder: Path) -> None:
-    """Plain against the preset "fast"."""
+    """Plain against the preset that the page begins with."""
     visitor.type("prompt", "a blue star left of a red circle")
-    visitor.type("steps", "50")
     visitor.run("compare")
-    visitor.page.locator("#compare-figures").scroll_into_view_if_needed()
-    visitor.page.evaluate("window.scrollTo(0, 0)")
 
 
 def regions(visitor: Visitor, folder: Path) -> None:
@@ -53,7 +50,6 @@ def regions(visitor: Visitor, folder: Path) -> None:
 def explore(visitor: Visitor, folder: Path) -> None:
     """Interval against order of the skip cache."""
     visitor.type("prompt", "a yellow heart")
-    visitor.type("steps", "50")
     visitor.tab("Explore")
     visitor.type("explore-first-values", "3, 5, 8")
     visitor.choose("explore-second", "Skip cache: order")
@@ -83,27 +79,28 @@ def batch(visitor: Visitor, folder: Path) -> None:
     visitor.run("batch")
 
 
+PHONE = 390  # pixels
 # name: what to do, colour scheme, width
 SCENES: dict[str, tuple[Callable[[Visitor, Path], None], str, int]] = {
     "page-compare": (compare, "light", 1280),
     "page-compare-dark": (compare, "dark", 1280),
-    "page-phone": (compare, "light", 390),
+    "page-phone": (compare, "light", PHONE),
     "page-regions": (regions, "light", 1280),
-    "page-explore": (explore, "light", 1280),
+    "page-explore": (explore, "dark", 1280),
     "page-erase": (erase, "dark", 1280),
     "page-batch": (batch, "light", 1280),
 }
 
 
 def shoot(browser: Any, url: str, name: str, target: Path, work: Path) -> None:
-    """One picture of the whole page."""
+    """One picture: of the whole page, or of what a phone shows."""
     action, scheme, width = SCENES[name]
     visitor = Visitor(browser, url, color_scheme=scheme)
     visitor.page.set_viewport_size({"width": width, "height": 900})
     action(visitor, work)
     visitor.page.wait_for_timeout(1500)  # pictures fade in
     visitor.page.mouse.move(0, 0)
-    visitor.page.screenshot(path=target / f"{name}.png", full_page=True)
+    visitor.page.screenshot(path=target / f"{name}.png", full_page=width > PHONE)
     visitor.leave()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STARTING = 240  # seconds; importing torch, diffusers and gradio on a busy machine
-WORKING = 120_000  # milliseconds
+WORKING = 240_000  # milliseconds
 VARIABLE = "DIFFACCEL_CHROMIUM"
 
 
@@ -94,6 +94,12 @@ class Visitor:
         from playwright.sync_api import expect
 
         expect(self.page.locator(f"#{component}")).to_contain_text(text, timeout=WORKING)
+
+    def wait_silence(self, component: str) -> None:
+        """Until a part of the page has no sentence to say."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(f"#{component} .da-message")).to_have_count(0, timeout=WORKING)
 
     def wait_for_pictures(self, component: str, count: int) -> None:
         """Until a gallery shows so many; they arrive after the sentence that says done."""

@@ -538,10 +538,12 @@ def test_a_batch_is_zipped_with_its_manifest(engine, tiny, session, tmp_path):
     source = tmp_path / "rows.csv"
     source.write_text("prompt,steps\na,2\nb,1\n")
     options = batching.Options(seed=5, steps=2)
-    assert "2 rows, all valid" in batching.preview(batching.check(session.new_folder(), str(source), options))
+    plan = batching.check(session.new_folder(), str(source), options)
+    assert "2 rows, all valid" in batching.preview(plan, engine.pipeline_class(tiny))
     done = batching.run(engine, session, tiny, str(source), PLAIN, options, Watch())
     assert done.report.exit_code == 0
     assert [metadata.read(path).diffaccel["seed"] for path in done.pictures] == [5, 6]
+    assert done.gallery() == [(str(path), text) for path, text in zip(done.pictures, ("1: a", "2: b"), strict=True)]
     with zipfile.ZipFile(done.archive) as archive:
         assert len(archive.namelist()) == 3
     with engine.pipeline(tiny):
@@ -568,6 +570,19 @@ def test_lists_beyond_the_limits_are_refused(session, tmp_path, name, text, sent
         batching.check(session.new_folder(), str(tmp_path / name), batching.Options())
 
 
+def test_a_column_that_nobody_knows_is_not_valid(engine, tiny, session, tmp_path):
+    """ "All valid" stood above a list that the run then refused."""
+    (tmp_path / "rows.csv").write_text("prompt,clip_skip,artist\na,1,me\n")
+    plan = batching.check(session.new_folder(), str(tmp_path / "rows.csv"), batching.Options())
+    with pytest.raises(
+        DiffaccelError, match="The column 'artist' is no column of a batch and no call argument of Stable"
+    ):
+        batching.preview(plan, engine.pipeline_class(tiny))
+    shown = batching.preview(plan, None)
+    assert "whether the pipeline takes artist, clip_skip is not known" in shown
+    assert "valid" not in shown
+
+
 def test_what_is_wrong_with_a_list_names_no_place_on_the_server(session, tmp_path):
     (tmp_path / "list.csv").write_bytes(b"prompt\n\xff\n")
     with pytest.raises(PageError) as refused:
@@ -581,8 +596,10 @@ def test_looking_at_lists_pushes_out_no_results(engine, tmp_path):
     (tmp_path / "list.txt").write_text("a red square\n")
     running = acting.session(request).new_folder()
     for _ in range(KEPT_RUNS + 1):
-        shown = acting.check_batch(str(tmp_path / "list.txt"), 0, 2, None, None, None, "png", True, request)
-        assert "1 rows, all valid" in shown
+        shown = acting.check_batch(
+            str(tmp_path / "list.txt"), 0, 2, None, None, None, "png", True, "shapes-sd", request
+        )
+        assert "1 row, valid" in shown
     assert running.is_dir()
     assert list(running.parent.iterdir()) == [running]
 
@@ -593,6 +610,17 @@ def test_notices_are_text():
     assert (
         str(actions.refusal(evil).message) == "unknown method '&lt;img src=\"http://example.com/x.png\"&gt;' &amp; more"
     )
+
+
+def test_a_complaint_goes_with_its_inputs(engine, tmp_path):
+    acting, request = actions.Actions(engine, Sessions(tmp_path / "sessions")), SimpleNamespace(session_hash="somebody")
+    forget, failed = acting.forget("compare"), acting.failed("compare")
+    assert forget(request, "") == gr.skip()
+    assert "da-bad" in failed(request, "", 3)[0]
+    assert forget(request, "", 3) == gr.skip()  # what was changed before it, answered late
+    assert acting.forget("batch")(request, "a", 3) == gr.skip()
+    assert forget(request, "a", 3) == ""
+    assert forget(request, "ab", 3) == gr.skip()
 
 
 def test_errors_are_one_sentence():

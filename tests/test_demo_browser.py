@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from demo_server import WORKING, Visitor, find_chromium, serving
@@ -64,6 +66,14 @@ def stock(prompt: str, seed: int, steps: int) -> bytes:
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0].convert("RGB").tobytes()
 
 
+def beneath(page: Any, upper: str, lower: str) -> bool:
+    """Whether one part of the page begins where another one ends."""
+    first, second = page.locator(upper).first.bounding_box(), page.locator(lower).bounding_box()
+    assert first
+    assert second
+    return first["y"] + first["height"] <= second["y"]
+
+
 def test_a_full_compare(visit, tmp_path):
     visitor = visit()
     visitor.type("prompt", "a blue circle")
@@ -113,6 +123,7 @@ def test_cancel_in_the_middle_and_run_again(visit, tmp_path):
     visitor.press("compare-run")
     visitor.wait("compare-status", "plain")
     visitor.page.wait_for_function(r"/[2-9]\/800/.test(document.querySelector('#compare-status').innerText)")
+    assert beneath(visitor.page, "#compare-status .wrap", "#compare-warm")
     visitor.press("compare-cancel")
     visitor.wait("compare-status", "Cancelled after")
     done = int(re.search(r"after (\d+) of 800", visitor.text("compare-status"))[1])
@@ -144,6 +155,10 @@ def test_wrong_inputs_are_sentences(visit):
     visitor.type("prompt", " ")
     visitor.run("compare", "Write a prompt first")
     visitor.type("prompt", "a red square")
+    visitor.wait_silence("compare-status")  # it is right no longer
+    visitor.type("seed", "1.7")
+    visitor.run("compare", "Seed: input should be a valid integer")
+    visitor.type("seed", "1")
     visitor.open("Size and guidance")
     visitor.type("width", "100")
     visitor.run("compare", "Give both width and height")
@@ -206,6 +221,39 @@ def test_a_recipe_goes_out_and_comes_back(visit, tmp_path):
     other.page.get_by_text("erase has no switches on this page").first.wait_for()  # a toast may say it too
 
 
+def test_what_stands_in_files_is_text(visit, tmp_path):
+    """A picture named in a recipe was fetched from its address, by the notice that refused the recipe."""
+    visitor = visit()
+    evil = '<img src="http://example.com/x.png" onerror="document.title=1"> ${document.title=2} {{value}}'
+    (tmp_path / "evil.json").write_text(json.dumps({"schema": 1, "methods": [{"method": evil}]}))
+    visitor.open("Recipe file")
+    visitor.upload("recipe-upload", tmp_path / "evil.json")
+    visitor.page.locator(".toast-message-text").get_by_text(evil).first.wait_for()
+    visitor.wait("recipe-message", evil)
+    visitor.tab("Batch")
+    short = "<img src=x> ${document.title=3} {{value}}"
+    (tmp_path / "<img src=x>.txt").write_text(f"{short}\n")
+    visitor.page.locator("#batch-file input[type=file]").set_input_files(tmp_path / "<img src=x>.txt")
+    visitor.wait("batch-preview", short)
+    assert visitor.page.title() == "diffaccel"
+    assert (
+        visitor.page.locator(".toast-body img, #recipe-message img, #batch-file img, #batch-preview img").count() == 0
+    )
+    # even what became an element is not fetched
+    assert (
+        visitor.page.evaluate(
+            """() => new Promise((done) => {
+            const image = new Image();
+            document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
+            image.src = "http://127.0.0.1:9/x.png";
+        })"""
+        )
+        == "img-src"
+    )
+    assert all("x.png" in error and "Content Security Policy" in error for error in visitor.errors)
+    visitor.errors.clear()
+
+
 def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):
     visitor, other = visit(), visit()
     for each in (visitor, other):
@@ -237,6 +285,7 @@ def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):
     visitor.tab("Erase")
     visitor.press("erase-apply")
     visitor.wait("erase-state", "Applied: all tabs")
+    visitor.page.locator("#erase-apply:disabled").wait_for()
     assert plain(visitor) != untouched
     assert plain(other) == untouched
     visitor.tab("Erase")
@@ -246,7 +295,7 @@ def test_erase_applies_to_one_visitor_and_can_be_undone(visit, tmp_path):
 
 
 def test_explore_draws_a_grid_and_a_plot(visit):
-    visitor = visit()
+    visitor = visit(color_scheme="dark")
     visitor.type("steps", "4")
     visitor.tab("Explore")
     visitor.choose("explore-first", "Step schedule: fraction")
@@ -259,6 +308,8 @@ def test_explore_draws_a_grid_and_a_plot(visit):
     plot = visitor.page.locator("#explore-plot img")
     plot.wait_for()
     assert plot.evaluate("image => image.naturalWidth") > 300
+    with Image.open(io.BytesIO(plot.screenshot())) as shown:  # its file is white
+        assert int(shown.convert("L").resize((1, 1)).getpixel((0, 0))) < 100
 
 
 def test_a_batch_is_checked_watched_and_downloaded(visit, tmp_path):
@@ -272,17 +323,21 @@ def test_a_batch_is_checked_watched_and_downloaded(visit, tmp_path):
     choose.set_input_files(bad)
     visitor.wait("batch-preview", "row 2: seed")
     visitor.run("batch", "1 problem in the list")
+    assert not visitor.page.locator("#prompt").is_visible()  # rows have their own
     visitor.page.locator("#batch-file").get_by_label("Remove").or_(
         visitor.page.locator("#batch-file").get_by_label("Clear")
     ).first.click()
     choose.set_input_files(good)
     visitor.wait("batch-preview", "3 rows, all valid")
+    visitor.type("seed", "5")
+    visitor.page.locator("#batch-preview tr", has_text="a green star").get_by_text("7", exact=True).wait_for()
     visitor.run("batch", "Done: 3 of 3 pictures")
     visitor.wait_for_pictures("batch-gallery", 3)
+    visitor.wait("batch-gallery", "2: a blue circle")
     with zipfile.ZipFile(visitor.download("batch-download", tmp_path)) as archive:
         pictures = sorted(name for name in archive.namelist() if name.endswith(".png"))
         (tmp_path / "second.png").write_bytes(archive.read(pictures[1]))
-    assert metadata.read(tmp_path / "second.png").parameters["Seed"] == "1"
+    assert metadata.read(tmp_path / "second.png").parameters["Seed"] == "6"
 
 
 def test_a_batch_can_be_cancelled_and_keeps_what_it_has(visit, tmp_path):
@@ -325,9 +380,15 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address):
     page = context.new_page()
     page.goto(address)
     expect(page.locator("#recipe-message")).to_contain_text("skip_cache", timeout=WORKING)
+    for part in (page.get_by_role("tab", name="Batch"), page.locator("#compare-run")):
+        box = part.bounding_box()
+        assert box
+        assert box["y"] + box["height"] <= 700  # in sight before anything is scrolled
     page.locator("#steps input").first.fill("2")
     page.locator("#compare-run").click()
+    assert page.locator("#compare-run").evaluate("button => getComputedStyle(button).opacity") == "0.6"
     expect(page.locator("#compare-status")).to_contain_text("Done", timeout=WORKING)
+    expect(page.locator("#compare-slider")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.evaluate("document.body.classList.contains('dark')")
     context.close()

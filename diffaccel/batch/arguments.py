@@ -17,7 +17,12 @@ _COLLECTED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def possible_arguments(pipe: Any) -> set[str]:
     """Names that a call of the pipeline takes. What it collects in `**kwargs` it mostly ignores, so that is not counted."""
-    parameters = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]  # without self
+    return arguments_of(type(pipe))
+
+
+def arguments_of(pipeline: Any) -> set[str]:
+    """`possible_arguments` of a pipeline class."""
+    parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]  # without self
     return {parameter.name for parameter in parameters if parameter.kind not in _COLLECTED}
 
 
