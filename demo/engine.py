@@ -22,7 +22,7 @@ from diffaccel.miniatures import NAMES, miniature_path
 from diffaccel.model_map import ModelMap, describe
 from diffaccel.output import write_file
 from diffaccel.recipe import Recipe
-from diffaccel.report import Report
+from diffaccel.report import Report, refuse_broken
 from diffaccel.wrapping import AcceleratedPipeline, wrap
 
 PLAIN = Recipe(name="plain")
@@ -240,7 +240,7 @@ class Engine:
 
         Raises:
             Cancelled: `watch` asked for it.
-            DiffaccelError: the recipe or the settings do not fit the model.
+            DiffaccelError: the recipe or the settings do not fit the model, or the picture is not finite.
         """
         watch.check()
         pipe, guidance = self._pipe, self._guidance(ask)
@@ -252,6 +252,7 @@ class Engine:
         image = fast(**arguments).images[0]
         watch.check()
         assert fast.report is not None
+        refuse_broken(fast.report)
         if path is not None:
             info = png_info(self._describe(fast, ask, image, guidance))
             write_file(path, lambda file: image.save(file, format="png", pnginfo=info))

@@ -235,6 +235,21 @@ def test_cancel_in_the_middle_leaves_nothing_behind(engine, tiny, tmp_path):
     assert again.image.tobytes() == stock(tiny, TWO).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_a_picture_that_is_not_finite_is_a_failure(engine, tiny, tmp_path, monkeypatch):
+    """It was shown, black, with figures beside it."""
+    with engine.pipeline(tiny) as pipe:
+        decode = pipe.vae.decode
+
+        def spoilt(latents: torch.Tensor, **options: Any) -> Any:
+            return decode(latents * float("nan"), **options)
+
+        monkeypatch.setattr(pipe.vae, "decode", spoilt)
+        with pytest.raises(DiffaccelError, match="values that are not finite"):
+            engine.draw(PLAIN, TWO, Watch(), tmp_path / "never.png")
+    assert not (tmp_path / "never.png").exists()
+
+
 def test_one_run_at_a_time(engine, tiny):
     order: list[str] = []
 
