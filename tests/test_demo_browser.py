@@ -385,10 +385,10 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address):
         assert box
         assert box["y"] + box["height"] <= 700  # in sight before anything is scrolled
     page.locator("#steps input").first.fill("2")
+    assert page.locator("#compare-cancel").evaluate("button => getComputedStyle(button).opacity") == "0.6"
     page.locator("#compare-run").click()
-    assert page.locator("#compare-run").evaluate("button => getComputedStyle(button).opacity") == "0.6"
     expect(page.locator("#compare-status")).to_contain_text("Done", timeout=WORKING)
-    expect(page.locator("#compare-slider")).to_be_in_viewport()
+    expect(page.locator("#compare-slider")).to_be_in_viewport(timeout=WORKING)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.evaluate("document.body.classList.contains('dark')")
     context.close()
