@@ -380,7 +380,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address):
     page = context.new_page()
     page.goto(address)
     expect(page.locator("#recipe-message")).to_contain_text("skip_cache", timeout=WORKING)
-    for part in (page.get_by_role("tab", name="Batch"), page.locator("#compare-run")):
+    for part in (page.get_by_role("tab", name="Explore"), page.locator("#compare-run")):
         box = part.bounding_box()
         assert box
         assert box["y"] + box["height"] <= 700  # in sight before anything is scrolled
