@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from diffaccel.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from diffaccel.erasure.apply import apply_edit as apply_edit
-    from diffaccel.erasure.apply import remove_edit as remove_edit
-    from diffaccel.erasure.edit import Edit as Edit
-    from diffaccel.erasure.edit import load_edit as load_edit
+    from diffaccel.erasure import Edit as Edit
+    from diffaccel.erasure import apply_edit as apply_edit
+    from diffaccel.erasure import load_edit as load_edit
+    from diffaccel.erasure import remove_edit as remove_edit
     from diffaccel.erasure.solve import erase as erase
     from diffaccel.errors import DiffaccelError as DiffaccelError
     from diffaccel.errors import RecipeError as RecipeError
@@ -75,10 +75,10 @@ _HOME = {
     "load_miniature": "miniatures",
     "load_judge": "miniatures",
     "erase": "erasure.solve",
-    "apply_edit": "erasure.apply",
-    "remove_edit": "erasure.apply",
-    "load_edit": "erasure.edit",
-    "Edit": "erasure.edit",
+    "apply_edit": "erasure",
+    "remove_edit": "erasure",
+    "load_edit": "erasure",
+    "Edit": "erasure",
     "DiffaccelError": "errors",
     "Unsupported": "errors",
     "RecipeError": "errors",

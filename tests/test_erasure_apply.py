@@ -19,7 +19,8 @@ import diffaccel
 from diffaccel import seams
 from diffaccel.erasure import ErasureWarning, UneditedControl
 from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit
-from diffaccel.erasure.edit import Edit, EditError, TextMap
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.edit_parts import EditError, TextMap
 from diffaccel.errors import RecipeError, Unsupported
 from diffaccel.methods.erase import Erase
 from diffaccel.recipe import Recipe

@@ -18,7 +18,8 @@ from tiny_edits import random_edit, same_weights, weights_of
 
 from diffaccel.erasure.apply import apply_edit, remove_edit
 from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit, EditedModule, EditError, TextMap, load_edit
+from diffaccel.erasure.edit import Edit, load_edit
+from diffaccel.erasure.edit_parts import EditedModule, EditError, TextMap
 from diffaccel.errors import DiffaccelError, Unsupported
 
 torch.set_num_threads(1)

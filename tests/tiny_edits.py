@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit, EditedModule, TextMap
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.edit_parts import EditedModule, TextMap
 from diffaccel.erasure.routes import find_routes
 
 VALUES = ("value", "both")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffaccel.erasure.apply import applied_edits as applied_edits
+from diffaccel.erasure.apply import apply_edit as apply_edit
+from diffaccel.erasure.apply import remove_edit as remove_edit
 from diffaccel.erasure.concepts import Concept as Concept
 from diffaccel.erasure.concepts import ConceptList as ConceptList
 from diffaccel.erasure.concepts import ErasureError as ErasureError
@@ -12,9 +16,11 @@ from diffaccel.erasure.concepts import UneditedControl as UneditedControl
 from diffaccel.erasure.concepts import WeakErasure as WeakErasure
 from diffaccel.erasure.concepts import read_concepts as read_concepts
 from diffaccel.erasure.edit import Edit as Edit
-from diffaccel.erasure.edit import EditError as EditError
 from diffaccel.erasure.edit import load_edit as load_edit
+from diffaccel.erasure.edit import provide
+from diffaccel.erasure.edit_parts import EditError as EditError
 from diffaccel.erasure.effect import Effect as Effect
+from diffaccel.erasure.look import look_at
 from diffaccel.erasure.settings import MACE as MACE
 from diffaccel.erasure.settings import RECE as RECE
 from diffaccel.erasure.settings import SPEED as SPEED
@@ -22,3 +28,13 @@ from diffaccel.erasure.settings import UCE as UCE
 from diffaccel.erasure.settings import Context as Context
 from diffaccel.erasure.settings import Settings as Settings
 from diffaccel.erasure.solve import erase as erase
+
+
+def _prove(pipe: Any, edit: Edit, **options: Any) -> Any:
+    from diffaccel.erasure.proof import prove  # noqa: PLC0415  (drawing is not needed to make or apply an edit)
+
+    return prove(pipe, edit, **options)
+
+
+provide("check", look_at)
+provide("prove", _prove)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffaccel import seams
 from diffaccel.erasure.concepts import UneditedControl
-from diffaccel.erasure.edit import Edit, tensor_digest
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.edit_parts import tensor_digest
 from diffaccel.erasure.live import (
     FUSED,
     NO_WEIGHT,

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffaccel.erasure.applied import Applied, finite, tell_of_control
-from diffaccel.erasure.edit import Edit, EditError, load_edit
+from diffaccel.erasure.edit import Edit, load_edit
+from diffaccel.erasure.edit_parts import EditError
 from diffaccel.erasure.live import (
     check_base,
     fits,

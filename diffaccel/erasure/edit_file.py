@@ -10,7 +10,7 @@ again. Whether the edit fits a pipeline is decided by `apply_edit`, before it ch
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit, EditedModule, EditError, TextMap, json_text
+from diffaccel.erasure.edit_parts import EditedModule, EditError, TextMap, json_text
 from diffaccel.tensor_files import TensorFile, strict_json
 
 FORMAT = "diffaccel edit 1"
@@ -27,24 +27,25 @@ _FILE = TensorFile("an edit", EditError, largest=2**29)
 _MOST_MAPS, _MOST_MODULES = 4, 5000
 
 
-def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
+def write_edit(path: str | os.PathLike[str], facts: Mapping[str, Any], maps: Sequence[TextMap]) -> None:
     """Write an edit; the file is replaced in one step, and equal edits give equal bytes.
 
+    Args:
+        facts: digest and all but the tensors, as JSON holds it.
     Raises:
         EditError: it cannot be written.
     """
     tensors = dict[str, Tensor]()
-    for i, text_map in enumerate(edit.maps):
+    for i, text_map in enumerate(maps):
         tensors |= {f"map.{i}.left": text_map.left, f"map.{i}.right": text_map.right}
-    facts = {"format": FORMAT, "digest": edit.digest, **edit.to_dict()}
-    _FILE.write(path, tensors, {KEY: json_text(facts, "contents of the edit")})
+    _FILE.write(path, tensors, {KEY: json_text({"format": FORMAT, **facts}, "contents of the edit")})
 
 
-def read_edit(path: str | os.PathLike[str]) -> Edit:
-    """Read an edit.
+def read_edit(path: str | os.PathLike[str], fields: frozenset[str]) -> tuple[str, dict[str, Any]]:
+    """The digest that a file states, and the `fields` of its edit.
 
     Raises:
-        EditError: it cannot be read, or is anything but a complete and sound edit.
+        EditError: it cannot be read, or holds anything else.
     """
     with torch.inference_mode(False):  # tensors made inside of it could never meet a gradient
         metadata, tensors = _FILE.read(path)
@@ -56,30 +57,30 @@ def read_edit(path: str | os.PathLike[str]) -> Edit:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise EditError(f"{name} does not hold an edit that this version can read.")
     try:
-        edit = _edit(facts, tensors)
+        return _digest_and_fields(facts, tensors, fields)
     except EditError as error:
         raise EditError(f"{name} does not hold a sound edit: {error}") from error
-    if edit.digest != facts["digest"]:
-        raise EditError(f"{name} is damaged or was changed: its contents do not have the digest that it states.")
-    return edit
 
 
-def _edit(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
-    expected = {*Edit.__dataclass_fields__, "format", "digest"}
+def _digest_and_fields(
+    facts: dict[str, Any], tensors: dict[str, Tensor], fields: frozenset[str]
+) -> tuple[str, dict[str, Any]]:
+    expected = {*fields, "format", "digest"}
     if set(facts) != expected:
         odd = min(set(facts) ^ expected)
         raise EditError(f"{odd[:60]!r} is {'unknown' if odd in facts else 'missing'}.")
-    return Edit(
-        method=_text(facts["method"], "method"),
-        concepts=tuple(_concept(item) for item in _list(facts["concepts"], "concepts")),
-        keep=tuple(_text(item, "keep") for item in _list(facts["keep"], "keep")),
-        parameters=_dict(facts["parameters"], "parameters"),
-        diagnostics=_dict(facts["diagnostics"], "diagnostics"),
-        leaks=tuple(_text(item, "leaks") for item in _list(facts["leaks"], "leaks")),
-        pipeline=_text(facts["pipeline"], "pipeline"),
-        versions={name: _text(item, "versions") for name, item in _dict(facts["versions"], "versions").items()},
-        maps=_maps(_list(facts["maps"], "maps"), tensors),
-    )
+    found = {
+        "method": _text(facts["method"], "method"),
+        "concepts": tuple(_concept(item) for item in _list(facts["concepts"], "concepts")),
+        "keep": tuple(_text(item, "keep") for item in _list(facts["keep"], "keep")),
+        "parameters": _dict(facts["parameters"], "parameters"),
+        "diagnostics": _dict(facts["diagnostics"], "diagnostics"),
+        "leaks": tuple(_text(item, "leaks") for item in _list(facts["leaks"], "leaks")),
+        "pipeline": _text(facts["pipeline"], "pipeline"),
+        "versions": {name: _text(item, "versions") for name, item in _dict(facts["versions"], "versions").items()},
+        "maps": _maps(_list(facts["maps"], "maps"), tensors),
+    }
+    return facts["digest"], found
 
 
 def _concept(item: Any) -> Concept:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffaccel.erasure.edit import DTYPES, Edit, EditedModule, tensor_digest
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.edit_parts import DTYPES, EditedModule, tensor_digest
 from diffaccel.erasure.routes import find_routes
 from diffaccel.errors import Unsupported
 from diffaccel.seams import is_compiled

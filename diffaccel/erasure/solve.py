@@ -27,10 +27,12 @@ from diffaccel.erasure.concepts import (
     mentions,
     settle,
 )
-from diffaccel.erasure.edit import Edit, EditedModule, TextMap
-from diffaccel.erasure.effect import Effect, look_at, way
+from diffaccel.erasure.edit import Edit
+from diffaccel.erasure.edit_parts import EditedModule, TextMap
+from diffaccel.erasure.effect import Effect, way
 from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.kinds import siblings, stand_in
+from diffaccel.erasure.look import look_at
 from diffaccel.erasure.problem import Problem, Scale, base_of
 from diffaccel.erasure.prompts import sort_prompts
 from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, require_encoders
