@@ -7,6 +7,7 @@ The scenes that the models never see are no secret to the judge: it has to read 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -41,19 +42,20 @@ from diffaccel.miniatures.world.scenes import (
     between,
     pick,
 )
-from training.common import Trainee, count_parameters, run_script, write_json
+from training.common import count_parameters, write_json
 from training.world import World
 from training.world.damage import DAMAGES, Drawn, as_tensor, empty, soften
+from training.world.learner import Learner, Plan, add_options, plan_of
+from training.world.learner import train as learn
 
 DEPTH = 2
-PEAK_RATE = 2e-3
+PEAK_RATE = 3e-3
 # (side, pictures, the side scenes are sampled for): equal work a step
 MENU = ((128, 32, 128), (128, 32, 128), (256, 8, 256), (256, 8, 512))
 SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
 NEAR, NEAREST = 0.25, 1.5  # of a thing's size and in cells: those no further from its centre learn its name
 IGNORED = -100
-SAVE_STEPS = 200
-DAMAGED_SHARE, POOL_SHARE = 0.3, 0.15
+DAMAGED_SHARE, POOL_SHARE = 0.2, 0.15
 POOL = {128: 320, 256: 96}  # pictures through the codec, by side
 
 
@@ -95,7 +97,7 @@ def judge_loss(logits: dict[str, Tensor], targets: Targets, sound: Tensor, bare:
     heat = torch.where(bare[:, None, None], torch.zeros(()), targets.heat)
     told = (targets.noun >= 0) & good[:, None, None]
     total = binary(logits["heat"][clear, 0], heat[clear], reduction="sum") / max(1.0, heat[clear].sum().item())
-    total = total + cross(logits["noun"].permute(0, 2, 3, 1)[told], targets.noun[told])
+    total = total + 2 * cross(logits["noun"].permute(0, 2, 3, 1)[told], targets.noun[told])
     total = total + 0.3 * cross(logits["artwork"].permute(0, 2, 3, 1)[told], targets.artwork[told])
     shift = (logits["box"] - targets.box).abs().permute(0, 2, 3, 1)[told]
     total = total + 0.5 * shift[:, :2].mean() + shift[:, 2].mean()
@@ -233,31 +235,44 @@ def save_judge(network: WorldJudgeNetwork, folder: Path, report: dict[str, float
     write_json(folder / "judge.json", {**config, "on_new_pictures": report})
 
 
-def train(out: Path, minutes: float, device: str = "cpu", seed: int = 5) -> WorldJudgeNetwork:
-    """Train or continue; writes `out/world_judge.pt` and the finished files in `out/world_judge`."""
+class JudgeLoss:
+    """The loss of a step, drawn from the seed and the step's number."""
+
+    def __init__(self, network: WorldJudgeNetwork, batches: Batches, seed: int, device: str) -> None:
+        self.network, self.batches, self.seed, self.device = network, batches, seed, device
+
+    def __call__(self, step: int) -> Tensor:
+        self.batches.rng = numpy.random.default_rng([self.seed, step])
+        pictures, targets, sound, bare = self.batches.draw(step)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            logits = self.network(pictures.to(self.device))
+        return judge_loss({name: part.float().cpu() for name, part in logits.items()}, targets, sound, bare)
+
+
+def train(out: Path, plan: Plan, device: str = "cpu", seed: int = 5) -> None:
+    """Train or continue; writes `out/world_judge.pt` and, once over, the finished files in `out/world_judge`."""
     torch.manual_seed(seed)
     world, network = World.load(out), WorldJudgeNetwork(CHANNELS, DEPTH).to(device)
     pool = Pool.of(world, out, numpy.random.default_rng(seed))  # first: its minutes are not the training's
-    trainee = Trainee(network, out / "world_judge.pt", minutes, rate=PEAK_RATE, decay=0.997, weight_decay=0.02)
-    batches = Batches(world, pool, numpy.random.default_rng([seed, trainee.step]))
-    for step in trainee:
-        pictures, targets, sound, bare = batches.draw(step)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            logits = network(pictures.to(device))
-        logits = {name: part.float().cpu() for name, part in logits.items()}
-        loss = judge_loss(logits, targets, sound, bare)
-        trainee.learn(loss)
-        if step % 50 == 0:
-            print(f"judge {step} {trainee.clock.seconds:.0f} s loss {loss.item():.3f}", flush=True)
-        if step % SAVE_STEPS == SAVE_STEPS - 1:
-            trainee.save()
-    trainee.finish()
-    network = network.cpu().eval()
+    learner = Learner(network, out / "world_judge.pt", plan)
+    learn(learner, JudgeLoss(network, Batches(world, pool, numpy.random.default_rng(seed)), seed, device), "judge")
+    if learner.done:
+        finish(learner.averaged().cpu(), world, out)
+
+
+def finish(network: WorldJudgeNetwork, world: World, out: Path) -> None:
     report = evaluate(network, world) | evaluate_pool(network, Pool.of(world, out, numpy.random.default_rng(98)))
     print(json.dumps(report), flush=True)
     save_judge(network, out / "world_judge", report)
-    return network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, minutes=40, rate=PEAK_RATE, average=0.998)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.out, plan_of(options), options.device)
 
 
 if __name__ == "__main__":
-    run_script(__doc__, 40, train)
+    main()
