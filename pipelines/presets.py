@@ -1,4 +1,7 @@
-"""The named recipes. Each note says what the recipe was measured to be worth; benchmarks/fidelity.py prints the figures."""
+"""The named recipes. Each note says under which solver and at how many steps the recipe was measured, and to be worth what.
+
+benchmarks/fidelity.py prints the figures under DDIM and flow Euler; benchmarks/results/presets-by-solver.md has the others.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,22 @@ PRESETS = (
     ),
     Recipe(
         name="balanced",
-        note="Closest to the plain picture at about half the work; beats fewer steps at equal FLOPs on both bundled models.",
+        note="Closest to the plain picture at about half the work. Beats fewer steps at equal FLOPs under DDIM (25 and 50 steps, "
+        "shapes-sd) and flow Euler (28, shapes-sd3); loses to them under DPM++ 2M Karras, beta and LMS schedules.",
         methods=(SkipCache(interval=3, order=1),),
         transformer_methods=(Forecast(interval=3, schedule="early"),),
     ),
     Recipe(
         name="fast",
-        note="A third of the work at the full number of steps; beats fewer steps at equal FLOPs on both bundled models.",
+        note="A third of the work at the full number of steps. Beats fewer steps at equal FLOPs under DDIM (50 steps, shapes-sd) "
+        "and flow Euler (28, shapes-sd3); loses to them under DPM++ 2M Karras, beta and LMS schedules.",
         methods=(SkipCache(interval=5, order=1),),
         transformer_methods=(Forecast(interval=4, schedule="early"),),
     ),
     Recipe(
         name="fastest",
-        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 17 or fewer are not cached. Costs a few "
-        "prompts on shapes-sd3.",
+        note="Half the steps, two of three extrapolated. Ask for 50 steps: runs of 17 or fewer are not cached. Measured under "
+        "DDIM (50 steps) and flow Euler (28) only; costs a few prompts on shapes-sd3.",
         methods=(StepSchedule(fraction=0.5), SkipCache(interval=3, order=1)),
         transformer_methods=(StepSchedule(fraction=0.5), Forecast(interval=3, schedule="early")),
     ),
