@@ -51,6 +51,9 @@ def edm_sigma(scheduler: Any, timestep: float, index: int | None) -> float:
     Raises:
         Unsupported: the scheduler keeps neither sigmas nor alphas.
     """
+    if type(scheduler).__name__ == "IPNDMScheduler" and index is not None:  # a cosine schedule in lists of its own
+        noise, signal = float(scheduler.betas[index]), float(scheduler.alphas[index])
+        return math.inf if signal == 0 else noise / signal
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or index is None or type(scheduler).__name__ in _MISALIGNED_SIGMAS:
         if not hasattr(scheduler, "alphas_cumprod"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger, PartMeter
 from diffaccel.noise import edm_sigma
 from diffaccel.places import Places
@@ -40,8 +41,9 @@ class Call:
     """One call of a denoiser or ControlNet: its arguments by name and what is known about its rows.
 
     Attributes:
-        arguments: keyword arguments of the call.
-        batched: names of the arguments whose tensors have one row per batch row; all others are never cut.
+        arguments: the call's arguments by name.
+        batched: names of the arguments whose tensors have one row per batch row, "a.b" for entry "b" of a dictionary "a".
+        shared: names, of the same form, of dictionary entries that are never cut; of others it is not known.
         branches: guidance branches stacked along the rows, e.g. ("uncond", "cond"); ("cond",) without guidance; () if
             the layout is unknown.
         lane: identifies the stream of calls this one belongs to over the run: the network, and how many calls of it
@@ -53,6 +55,7 @@ class Call:
         tags: what the methods decided; calls with equal tags and shapes cost the same.
         saved_flops: FLOPs a dense call would have needed on top, counted by the token methods.
         complete: False if parts of the network are skipped, so that the call says nothing about the dense cost.
+        positional: names of the arguments that came by position, in order; the network gets them so again.
     """
 
     arguments: Mapping[str, Any]
@@ -65,6 +68,8 @@ class Call:
     sample_name: str = "sample"
     listed: frozenset[str] = frozenset()
     kind: Hashable = None
+    shared: frozenset[str] = frozenset()
+    positional: tuple[str, ...] = ()
 
     @property
     def sample(self) -> torch.Tensor:
@@ -87,21 +92,62 @@ class Call:
         )
 
     def only(self, branch: str) -> Call:
-        """The rows of one branch. Tensors with another number of rows (guess mode, masks) pass through unchanged."""
+        """The rows of one branch. Batched tensors with another number of rows (guess mode) pass through unchanged."""
         size = self.rows // len(self.branches)
         start = self.branches.index(branch) * size
         return replace(self.rows_of(range(start, start + size)), branches=(branch,))
 
     def rows_of(self, wanted: Sequence[int]) -> Call:
-        """The call with only these batch rows; a contiguous range is cut without copying."""
-        cut = functools.partial(_cut_rows, rows=self.rows, wanted=wanted)
+        """The call with only these batch rows; a contiguous range is cut without copying.
+
+        A network that is called with tensors of which nobody knows whether they have one row per batch row is refused.
+        """
         arguments = {
-            name: _cut_list(value, self.rows, wanted)
-            if name in self.listed
-            else (cut(value) if name in self.batched else value)
+            name: _cut_list(value, self.rows, wanted) if name in self.listed else self._cut(name, value, wanted)
             for name, value in self.arguments.items()
         }
         return replace(self, arguments=arguments)
+
+    def _cut(self, name: str, value: Any, wanted: Sequence[int]) -> Any:
+        if name in self.batched:
+            return _cut_rows(value, rows=self.rows, wanted=wanted)
+        if isinstance(value, Mapping):
+            return {key: self._cut_entry(f"{name}.{key}", item, wanted) for key, item in value.items()}
+        return value
+
+    def _cut_entry(self, name: str, value: Any, wanted: Sequence[int]) -> Any:
+        if name not in self.batched and name not in self.shared and _may_be_rows(value, self.rows):
+            return _Doubtful(name, self.rows)
+        return self._cut(name, value, wanted)
+
+    def refuse_doubtful(self) -> None:
+        """Raises `Unsupported` if rows were cut of a call with entries of which nobody knows whether they should be."""
+        for argument in self.arguments.values():
+            for entry in argument.values() if isinstance(argument, Mapping) else ():
+                if isinstance(entry, _Doubtful):
+                    entry.refuse()
+
+
+@dataclass(frozen=True)
+class _Doubtful:
+    """Stands for a dictionary entry with as many rows as the call it was in, before rows of that were cut."""
+
+    name: str
+    rows: int
+
+    def refuse(self) -> None:
+        owner, _, key = self.name.rpartition(".")
+        raise Unsupported(
+            f"{owner}[{key!r}] has as many rows as the network got ({self.rows}), and it is not known whether they belong to "
+            "its pictures; leave out the methods that compute some rows only (guidance, step reuse), or give it another "
+            "first size (tensor[None])."
+        )
+
+
+def _may_be_rows(value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and value.shape[0] == rows
+    return isinstance(value, (list, tuple)) and any(_may_be_rows(item, rows) for item in value)
 
 
 def _cut_rows(value: Any, *, rows: int, wanted: Sequence[int]) -> Any:
@@ -146,8 +192,7 @@ class Clock:
         evaluation: scheduler.step calls finished so far.
         step: solver steps begun so far minus one; two-stage solvers (Heun, KDPM2) have two evaluations per step.
         total: evaluations this run will have; known from the first evaluation on.
-        sigma: EDM sigma of the current evaluation.
-        step_sigma: EDM sigma at the start of the current solver step; decisions that must not change inside a step use it.
+        recorded_sigma: like `sigma`, for reports: NaN where that is not known.
     """
 
     scheduler: Any
@@ -157,9 +202,10 @@ class Clock:
     evaluation: int = 0
     step: int = -1
     total: int = 0
-    sigma: float = float("nan")
-    step_sigma: float = float("nan")
     timestep: float | None = None
+    recorded_sigma: float = float("nan")
+    _step_sigma: float = float("nan")
+    _unknown: Unsupported | None = None
     _entered: int = -1
 
     def restart(self) -> None:
@@ -177,11 +223,39 @@ class Clock:
         self._entered = self.evaluation
         timestep, index = self._place(timestep)
         self.total = self.total or self.evaluation + self._remaining(timestep)
-        self.sigma = edm_sigma(self.scheduler, timestep, index)
+        self._read_noise(timestep, index)
         if bool(getattr(self.scheduler, "state_in_first_order", True)) or self.step < 0:
             self.step += 1
-            self.step_sigma = self.sigma
+            self._step_sigma = self.recorded_sigma
         return True
+
+    def _read_noise(self, timestep: float, index: int | None) -> None:
+        try:
+            self.recorded_sigma, self._unknown = edm_sigma(self.scheduler, timestep, index), None
+        except Unsupported as error:  # raised again for methods that ask; no method asks without a recipe
+            self.recorded_sigma, self._unknown = float("nan"), error
+
+    @property
+    def sigma(self) -> float:
+        """EDM sigma of the current evaluation.
+
+        Raises:
+            Unsupported: the scheduler keeps no noise levels that can be read.
+        """
+        if self._unknown is not None:
+            raise self._unknown
+        return self.recorded_sigma
+
+    @property
+    def step_sigma(self) -> float:
+        """EDM sigma at the start of the current solver step; decisions that must not change inside a step use it.
+
+        Raises:
+            Unsupported: the scheduler keeps no noise levels that can be read.
+        """
+        if self._unknown is not None:
+            raise self._unknown
+        return self._step_sigma
 
     def advance(self) -> None:
         """`scheduler.step` has finished."""
@@ -214,8 +288,6 @@ class Clock:
             yield None if index is None else int(index)
 
     def _index(self, timestep: float) -> int | None:
-        if not hasattr(self.scheduler, "sigmas"):
-            return None
         index = next((i for i in self._pointers() if i is not None), None)
         return self._position(timestep) if index is None else index
 
@@ -280,7 +352,7 @@ class Run:
 
     Attributes:
         clock: the only step counter; methods read it and never count for themselves.
-        row_order, calls, sample_name, listed, lengths: the pipeline's convention (pipelines/conventions.py).
+        row_order, calls, sample_name, listed, lengths, shared: the pipeline's convention (pipelines/conventions.py).
         arguments: the pipeline call's arguments by name, as the methods changed them.
         measured: timings kept by the wrapped pipeline over its runs; results never depend on anything else in here.
         images: pictures made by this call (latent rows); None until the pipeline prepared its latents.
@@ -310,6 +382,7 @@ class Run:
     sample_name: str = "sample"
     listed: frozenset[str] = frozenset()
     lengths: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     measured: dict[Hashable, Any] = field(default_factory=dict)
     images: int | None = None
@@ -417,7 +490,15 @@ class Run:
         """Record a call that the pipeline made and that was answered without running the network."""
         self.evaluations.append(
             Evaluation(
-                network, self.clock.evaluation, self.clock.sigma, 0, call.rows, 0, None, call.tags + tags, call.kind
+                network,
+                self.clock.evaluation,
+                self.clock.recorded_sigma,
+                0,
+                call.rows,
+                0,
+                None,
+                call.tags + tags,
+                call.kind,
             )
         )
 
@@ -442,6 +523,8 @@ class Run:
             (id(module), ordinal),
             sample_name=self.sample_name,
             listed=self.listed,
+            shared=self.shared,
+            positional=positional_names(type(module), len(args)),
         )
         self._branches_seen.update(call.branches)
         self.places.see(call.lane, call.sample)
@@ -510,13 +593,22 @@ class Run:
         return tuple(_longest(call.arguments.get(name)) for name in sorted(self.lengths))
 
     def _execute(self, network: str, original: Forward, stock_rows: int, call: Call) -> Any:
+        call.refuse_doubtful()
         key = (network, call.tags, describe_shapes(call.arguments), self._lengths(call))
         output, flops = self._count(call.lane[0], key, lambda: self._original(original, call))
         dense = (flops + call.saved_flops) / call.rows if call.complete and flops is not None else None
         clock = self.clock
         self.evaluations.append(
             Evaluation(
-                network, clock.evaluation, clock.sigma, call.rows, stock_rows, flops, dense, call.tags, call.kind
+                network,
+                clock.evaluation,
+                clock.recorded_sigma,
+                call.rows,
+                stock_rows,
+                flops,
+                dense,
+                call.tags,
+                call.kind,
             )
         )
         return output
@@ -531,9 +623,14 @@ class Run:
     def _original(self, original: Forward, call: Call) -> Any:
         arguments = {name: _fresh(value) for name, value in call.arguments.items()}
         if self.sample_name not in self.listed:
-            return original(**arguments)
+            return _call(original, call.positional, arguments)
         arguments = {**arguments, self.sample_name: list(call.sample.unbind())}
-        return map_output(original(**arguments), _stack)
+        return map_output(_call(original, call.positional, arguments), _stack)
+
+
+def _call(original: Forward, positional: Sequence[str], arguments: dict[str, Any]) -> Any:
+    # what another add-on or the user put around `forward` may read some arguments by position and some by name
+    return original(*[arguments.pop(name) for name in positional], **arguments)
 
 
 def _fresh(value: Any) -> Any:
@@ -569,8 +666,17 @@ def _signature(cls: type) -> inspect.Signature:
 
 
 def bind_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, however the pipeline passed them."""
-    return dict(_signature(cls).bind(*args, **kwargs).arguments)
+    """Arguments by name, however the pipeline passed them; those that a network takes by `**kwargs` too."""
+    bound = dict(_signature(cls).bind(*args, **kwargs).arguments)
+    for name, parameter in _signature(cls).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+def positional_names(cls: type, count: int) -> tuple[str, ...]:
+    """Names of the first `count` arguments of a network's forward."""
+    return tuple(_signature(cls).parameters)[:count]
 
 
 def describe_shapes(value: Any) -> Any:

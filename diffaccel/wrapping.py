@@ -7,11 +7,12 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffaccel.add_ons import add_ons, refuse_add_ons
 from diffaccel.attention_calls import check_kernel, use_kernel
 from diffaccel.errors import Unsupported
 from diffaccel.finite import watch_pictures, watch_result
@@ -32,11 +33,27 @@ from diffaccel.seams import Seams, is_compiled
 _OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 
 
+class _AsThePipeline:
+    """`__call__` of an instance, with the signature of its pipeline: programs read it to choose their arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        if instance is None:
+            return self.function
+        bound = functools.partial(self.function, instance)
+        functools.update_wrapper(bound, self.function)
+        bound.__signature__ = inspect.signature(instance.pipe.__call__)  # type: ignore[attr-defined]
+        return bound
+
+
 class AcceleratedPipeline:
     """A diffusers pipeline with a recipe around its denoiser while it runs.
 
     Call it exactly like the pipeline. All other attributes are read from and written to the pipeline, which stays stock
-    outside a call.
+    outside a call. It passes for an instance of the pipeline's class; what diffusers makes from it (`from_pipe`) is a stock
+    pipeline, to be wrapped again.
 
     Attributes:
         pipe: the stock pipeline.
@@ -83,6 +100,7 @@ class AcceleratedPipeline:
             convention.sample,
             convention.listed,
             convention.lengths,
+            shared=convention.shared,
             measured=self._measured,
             guides=functools.partial(_guides, self.pipe),
         )
@@ -109,6 +127,18 @@ class AcceleratedPipeline:
             run.release()
         return result
 
+    if not TYPE_CHECKING:  # a type checker reads the method as it is written
+        __call__ = _AsThePipeline(__call__)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The pipeline's: AutoPipeline goes by its name, and programs ask what a pipeline is an instance of."""
+        pipe = vars(self).get("pipe")
+        return AcceleratedPipeline if pipe is None else type(pipe)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bare, (), vars(self)  # pickle compares `__class__` with what it would build
+
     def to(self, *args: Any, **kwargs: Any) -> AcceleratedPipeline:
         """Move or cast the pipeline; as `pipe.to` returns the pipeline, so this returns the accelerated one."""
         self.pipe.to(*args, **kwargs)
@@ -117,6 +147,8 @@ class AcceleratedPipeline:
     def __getattr__(self, name: str) -> Any:
         if name in _OWN:  # not set yet: copy and pickle ask before __init__ has run
             raise AttributeError(name)
+        if name == "__signature__":
+            return inspect.signature(self.pipe.__call__)
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -132,6 +164,10 @@ class AcceleratedPipeline:
 
     def __repr__(self) -> str:
         return f"diffaccel: {type(self.pipe).__name__} with {self.recipe.describe()}"
+
+
+def _bare() -> AcceleratedPipeline:
+    return object.__new__(AcceleratedPipeline)
 
 
 def wrap(
@@ -158,12 +194,13 @@ def wrap(
 
 
 def _describe_work(model: ModelMap) -> Hashable:
-    """What the work of a network call depends on besides its arguments: weights, adapters, where they are."""
+    """What the work of a network call depends on besides its arguments: weights, adapters, add-ons, where they are."""
     return tuple(
         (
             is_compiled(net),
             id(model.seat(net)),
             AdapterProbe(net).state(),
+            add_ons(net),
             tuple((p.shape, p.dtype, p.device) for p in net.parameters()),
         )
         for net in _networks(model)
@@ -184,6 +221,7 @@ def _check(model: ModelMap, recipe: Recipe, attention_kernel: str) -> None:
             f"{tokens} needs all tokens of a picture in one place, and context parallelism divides those of this {spread} "
             "between processes."
         )
+    refuse_add_ons(_networks(model), recipe.methods)
     for method in recipe.methods:
         method.check(model)
 
@@ -198,7 +236,15 @@ def _prepare(
     """The pipeline's call arguments after the schedule methods changed them."""
     before = _by_name(pipe, args, kwargs)
     after = functools.reduce(lambda given, method: method.prepare_call(pipe, given, run, seams), methods, before)
-    return (args, kwargs) if after == before else ((), after)
+    return (args, kwargs) if after == before else _placed(pipe, args, dict(after))
+
+
+def _placed(pipe: Any, args: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Changed arguments by position and by name as the caller gave them: a user's pipeline may read `*args`."""
+    parameters = [*inspect.signature(type(pipe).__call__).parameters.values()][1:]
+    names = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
+    names += [None] * len(args)
+    return tuple(named.pop(name) if name in named else value for name, value in zip(names, args, strict=False)), named
 
 
 def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -207,6 +253,8 @@ def _by_name(pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            given.pop(name, None)  # they have no names
     return given
 
 
@@ -231,6 +279,7 @@ def _bracket(model: ModelMap, run: Run, seams: Seams) -> None:
     """Let the clock and the number of images follow the pipeline."""
     scheduler = model.pipe.scheduler
     seams.wrap_method(scheduler, "set_timesteps", functools.partial(_then, run.restart))
+    seams.wrap_method(scheduler, "set_timesteps", _with_lists_of_one_length)
     seams.wrap_method(scheduler, "step", functools.partial(_advance, run))
     if hasattr(scheduler, "scale_model_input"):
         seams.wrap_method(scheduler, "scale_model_input", functools.partial(_note_timestep, run))
@@ -306,6 +355,17 @@ def _advance(run: Run, original: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(after, torch.Tensor):
         run.places.begin(after)
     return result
+
+
+def _with_lists_of_one_length(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Some pipelines (CogView4) make timesteps from the number of steps beside the sigmas that the call gives."""
+    sigmas, timesteps = kwargs.get("sigmas"), kwargs.get("timesteps")
+    if sigmas is not None and timesteps is not None and len(sigmas) != len(timesteps):
+        raise Unsupported(
+            f"this pipeline takes as many sigmas as timesteps, and got {len(sigmas)} and {len(timesteps)}; where you give the "
+            f"sigmas only, call it with num_inference_steps={len(sigmas)} too."
+        )
+    return original(*args, **kwargs)
 
 
 def _note_timestep(run: Run, original: Any, sample: Any, timestep: Any = None, **kwargs: Any) -> Any:

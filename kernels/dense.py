@@ -144,7 +144,7 @@ def dense_attention(
     Returns:
         (batch, heads, tokens, d), stored as (batch, tokens, heads, d), so that merging the heads copies nothing.
     Raises:
-        Unsupported: the kernel is not installed, or does not take a mask or this head size.
+        Unsupported: the kernel is not installed, does not take a mask or this head size, or fails on this device.
     """
     chosen = choose(kernel)
     if mask is not None and not chosen.masks:
@@ -164,7 +164,15 @@ def _dense_attention(
     """One operator for all kernels, so that FLOPs are counted whoever computes."""
     chosen = KERNELS[kernel]
     module = importlib.import_module(chosen.module) if chosen.module else None
-    out = chosen.run(module, query, key, value, mask, scale)
+    try:
+        out = chosen.run(module, query, key, value, mask, scale)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise Unsupported(
+            f"the attention kernel {kernel!r} does not run here ({query.device.type}, {query.dtype}): {reason}."
+        ) from error
     return _heads_first(out.transpose(1, 2).contiguous())  # kernels differ; compiled code relies on what the fake says
 
 

@@ -73,11 +73,12 @@ class Operator:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         from diffaccel.kernels.triton_support import launching_on
 
-        path = self.path(*args, **kwargs)
+        path, first = self.path(*args, **kwargs), _first_tensor(args, kwargs)
         record(self.name, path)
         if path == "torch" or self.triton_path is None:
-            return self.torch_path(*args, **kwargs)
-        with launching_on(_first_tensor(args, kwargs)):
+            with _as_written(first.device.type):
+                return self.torch_path(*args, **kwargs)
+        with launching_on(first):
             return self.triton_path(*args, **kwargs)
 
     def path(self, *args: Any, **kwargs: Any) -> str:
@@ -115,6 +116,15 @@ def _watched(values: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or _active_modes():
         return True
     return any(isinstance(value, torch.Tensor) and type(value) not in PLAIN for value in values)
+
+
+def _as_written(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Operators compute in the types that they are given: autocast reaches them by some of torch's ways to a call only."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def register(

@@ -23,7 +23,8 @@ class Convention:
             conditional first.
         row_order: guidance branches in the order they are stacked along the batch; ("cond",) for families without
             classifier-free guidance, whose calls hold some of the pictures at a time.
-        batched: arguments of the denoiser and ControlNet that have one row per batch row.
+        batched: arguments of the denoiser and ControlNet that have one row per batch row; "a.b" is entry "b" of a dictionary "a".
+        shared: dictionary entries, named in the same way, that are the same for all rows whatever their size.
         listed: arguments that are lists with one entry per batch row. If `sample` is among them, so is the prediction.
         lengths: masks whose number of ones, not only whose shape, decides how much the network computes.
         scheduler_time: True if the `timestep` argument is in the scheduler's own units.
@@ -43,6 +44,9 @@ class Convention:
     calls: Literal["stacked", "separate"] = "stacked"
     row_order: tuple[str, ...] = ("uncond", "cond")
     batched: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset(
+        {"cross_attention_kwargs.ip_adapter_masks", "joint_attention_kwargs.ip_adapter_masks"}
+    )
     listed: frozenset[str] = frozenset()
     lengths: frozenset[str] = frozenset()
     scheduler_time: bool = True

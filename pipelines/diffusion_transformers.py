@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from diffaccel.pipelines.conventions import Convention
 
-# Cutting by row count leaves scalars and tensors of other sizes alone. Position tables (img_ids, txt_ids,
+# Of named arguments, scalars and tensors of other sizes are left alone. Position tables (img_ids, txt_ids,
 # image_rotary_emb) have no batch dimension and are not named, because their length may equal the rows by chance.
 _ARGUMENTS = frozenset(
     {
@@ -21,7 +21,7 @@ _ARGUMENTS = frozenset(
         "encoder_hidden_states_mask",
         "encoder_mask",
         "added_cond_kwargs",
-        "joint_attention_kwargs",
+        "joint_attention_kwargs.ip_adapter_image_embeds",
         "text_embedding_mask",
         "encoder_hidden_states_t5",
         "text_embedding_mask_t5",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from diffaccel.pipelines.conventions import Convention
 
-# `timestep` is a scalar in these pipelines and `cross_attention_kwargs` is batched only inside "gligen"; cutting by row
-# count leaves scalars and masks of other sizes alone, so naming both is safe.
+# `timestep` is a scalar in these pipelines; scalars and tensors of other sizes are left alone.
 _UNET_ARGUMENTS = frozenset(
     {
         "sample",
@@ -16,7 +15,7 @@ _UNET_ARGUMENTS = frozenset(
         "attention_mask",
         "encoder_attention_mask",
         "added_cond_kwargs",
-        "cross_attention_kwargs",
+        "cross_attention_kwargs.gligen",
         "controlnet_cond",
         "control_type",
         "down_block_additional_residuals",

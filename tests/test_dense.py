@@ -85,6 +85,27 @@ def test_flash3_may_return_its_sums(monkeypatch):
     assert_accurate(dense_attention(*parts, kernel="flash3"), attention_body_oracle(*parts)[0], "fp32")
 
 
+def test_a_kernel_that_fails_says_so_in_one_sentence(monkeypatch):
+    """Each package has its own errors for a device or a type it was not made for."""
+
+    def fail(*_, **__):
+        raise NotImplementedError("no kernel for CPU.\nDetails: ...")
+
+    install(monkeypatch, "sageattention", sageattn=fail)
+    with pytest.raises(Unsupported) as caught:
+        dense_attention(*inputs(), kernel="sage")
+    assert str(caught.value) == (
+        "the attention kernel 'sage' does not run here (cpu, torch.float32): no kernel for CPU."
+    )
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    install(monkeypatch, "sageattention", sageattn=full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):  # a batch makes fewer pictures at a time
+        dense_attention(*inputs(), kernel="sage")
+
+
 def test_flex_is_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import itertools
 import json
 import pickle
@@ -15,7 +16,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from independent import counted_rows, network_flops
 from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet
 from tiny_transformers import run as run_transformer
@@ -425,6 +431,35 @@ def test_the_recipe_is_fixed(sd):
     assert fast.recipe == Recipe(methods=(SkipCache(),))
 
 
+def test_the_call_has_the_signature_of_the_pipeline(sd):
+    """Programs choose by it which of their settings to pass."""
+    fast = diffaccel.wrap(sd, [])
+    assert inspect.signature(fast.__call__) == inspect.signature(sd.__call__)
+    assert inspect.signature(fast) == inspect.signature(sd)
+    given = {"num_inference_steps": 2, "clip_sample": True}
+    assert [name for name in given if name in inspect.signature(fast.__call__).parameters] == ["num_inference_steps"]
+    assert torch.equal(fast.__call__(**tiny_inputs("sd", steps=2)).images, fast(**tiny_inputs("sd", steps=2)).images)
+    twin = copy.copy(fast)
+    twin.__call__(**tiny_inputs("sd", steps=3))
+    assert (twin.report.steps, fast.report.steps) == (3, 2)
+
+
+def test_it_passes_for_its_pipeline(sd):
+    """Diffusers makes other pipelines from it; those are stock, and can be wrapped."""
+    fast = diffaccel.wrap(sd, [GuidanceInterval(stop_fraction=0.5)])
+    assert isinstance(fast, StableDiffusionPipeline)
+    assert isinstance(fast, diffaccel.AcceleratedPipeline)
+    assert type(fast) is diffaccel.AcceleratedPipeline
+    for maker in (AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline):
+        other = maker.from_pipe(fast)
+        assert type(other) is StableDiffusionImg2ImgPipeline
+        assert other.unet is sd.unet
+        assert run(diffaccel.wrap(other, fast.recipe), "sd-img2img", steps=4).isfinite().all()
+    back = pickle.loads(pickle.dumps(fast))
+    assert type(back) is diffaccel.AcceleratedPipeline
+    assert torch.equal(run(back, "sd", steps=4), run(fast, "sd", steps=4))
+
+
 def test_to_returns_the_accelerated_pipeline(sd):
     """`fast = fast.to("cuda")` must not lose the recipe."""
     fast = diffaccel.wrap(sd, [])
@@ -528,6 +563,28 @@ def test_images_by_position(kind, recipe):
     assert torch.equal(fast(None, image, **inputs).images, want)
     if not recipe:
         assert torch.equal(run(pipe, kind), want)
+
+
+@pytest.mark.parametrize("recipe", [[], EVERYTHING], ids=["off", "all"])
+def test_a_forward_that_reads_arguments_by_position(recipe):
+    """Another add-on's, or the user's: arguments come by position and by name as the pipeline gave them."""
+    pipe = tiny_pipeline("sd")
+    fast, seen, forward = diffaccel.wrap(pipe, recipe), [], pipe.unet.forward
+    want = run(fast, "sd", steps=STEPS)
+
+    def patched(*args, **kwargs):
+        seen.append((len(args), float(args[1]), sorted(kwargs)))
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = patched
+    run(pipe, "sd", steps=STEPS)
+    stock, seen[:] = seen.copy(), []
+    assert torch.equal(run(fast, "sd", steps=STEPS), want)
+    assert seen[0][0] == stock[0][0] == 2
+    assert seen[0][2] == stock[0][2]
+    if not recipe:
+        assert seen == stock
+    assert pipe.unet.forward is patched
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

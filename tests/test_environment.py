@@ -18,6 +18,7 @@ from diffaccel import (
     AdaptiveGuidance,
     GuidanceInterval,
     SkipCache,
+    SparseCrossAttention,
     StepReuse,
     TokenDownsampling,
     TokenMerging,
@@ -183,6 +184,54 @@ def test_dropping_guidance_keeps_the_positive_pictures(ip):
     wrong = pipe(**ip_inputs([e[:1] for e in embeds]) | {"guidance_scale": 1.0}).images
     assert (got - want).abs().max() < 1e-5
     assert (got - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["guidance_interval", "adaptive_guidance", "step_reuse"])
+@pytest.mark.parametrize("given", ["one tensor", "a list"])
+def test_masks_of_ip_adapters_are_never_cut(ip, name, given):
+    """`IPAdapterMaskProcessor` returns one tensor with a row per adapter: as many as there are rows of this call."""
+    pipe, embeds = ip
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, :, :16] = masks[1, :, :, 16:] = 1
+    per_picture = [masks[:1], masks.transpose(0, 1)]  # the second adapter has two pictures
+    swapped = [masks[1:], masks.flip(0).transpose(0, 1)]
+    fast = diffaccel.wrap(pipe, METHODS.get(name) or StepReuse(threshold=1e9))
+
+    def call(masks):
+        inputs = ip_inputs([embeds[0], embeds[0]] if given == "one tensor" else embeds)
+        return fast(**inputs | {"cross_attention_kwargs": {"ip_adapter_masks": masks}}).images
+
+    got = call(masks if given == "one tensor" else per_picture)
+    assert fast.report.rows < 20
+    assert not torch.equal(got, call(masks.flip(0) if given == "one tensor" else swapped))
+
+
+class Tilting:
+    """A user's attention processor with an input of its own, (1, any) or (any, any)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, tilt=None, **more):
+        return hidden_states + tilt.sum()
+
+
+def test_a_tensor_of_unknown_role_is_not_cut_by_its_size():
+    """Beside two rows, two of something may be their rows or not."""
+    pipe = tiny_pipeline("sd")
+    pipe.unet.set_attn_processor(Tilting())
+    fast = diffaccel.wrap(pipe, GuidanceInterval(stop_fraction=0.5))
+
+    def call(p, tilt):
+        return p(**tiny_inputs("sd", steps=4) | {"cross_attention_kwargs": {"tilt": tilt}}).images
+
+    for shape in ((3, 2), (1, 2, 2)):
+        call(fast, torch.ones(shape))
+        assert fast.report.rows == 6
+    for tilt in (torch.ones(2, 2), torch.ones(2)):
+        with pytest.raises(
+            Unsupported, match=r"cross_attention_kwargs\['tilt'\] has as many rows as the network got \(2\)"
+        ):
+            call(fast, tilt)
+    cached = diffaccel.wrap(pipe, SkipCache(interval=2, min_evaluations=1))  # computes all rows or none
+    assert torch.equal(call(cached, torch.ones(2)), call(cached, torch.ones(2)))
 
 
 def test_a_new_ip_adapter_scale_forces_a_full_evaluation(ip):
@@ -400,6 +449,10 @@ def test_what_acts_inside_a_network_compiled_as_a_whole_is_refused():
             attempt()
     assert torch.allclose(run(diffaccel.wrap(pipe, []), "sd", steps=2), stock, atol=1e-5)
     pipe.unet = unet
+    unet.up_blocks[0] = torch.compile(unet.up_blocks[0], backend="eager")
+    with pytest.raises(Unsupported, match=r"replaced by torch.compile\(block\).*compile blocks in place instead"):
+        diffaccel.wrap(pipe, [])
+    unet.up_blocks[0] = unet.up_blocks[0]._orig_mod
     unet.compile(backend="eager")
     with pytest.raises(Unsupported, match=sentence):
         run(early, "sd")
@@ -497,6 +550,66 @@ def test_a_forward_hook_of_the_user_sees_every_call(order):
     handle.remove()
     assert seen == [2] * 10
     assert fast.report.rows < 20
+
+
+def with_deepcache(pipe):
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+    return helper.disable
+
+
+def with_tomesd(pipe):
+    import tomesd
+
+    tomesd.apply_patch(pipe, ratio=0.5, use_rand=False)
+    return lambda: tomesd.remove_patch(pipe)
+
+
+ADD_ONS = {
+    "DeepCache": (
+        with_deepcache,
+        [GuidanceInterval(low=0.5), StepReuse(), SkipCache(interval=3)],
+        [TokenMerging(min_tokens=1)],
+    ),
+    "tomesd": (
+        with_tomesd,
+        [TokenDownsampling(min_tokens=1), TokenMerging(min_tokens=1)],
+        [GuidanceInterval(low=0.5), SkipCache(interval=3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADD_ONS)
+def test_other_add_ons_inside_of_the_network(name):
+    """What gets in their way names them, also where they come after the wrapping; all else runs beside them."""
+    add, refused, fine = ADD_ONS[name]
+    pipe = tiny_pipeline("sd")
+    early = diffaccel.wrap(pipe, refused[-1])
+    want = run(early, "sd", steps=9)
+    take_off = add(pipe)
+    for method in refused:
+        with pytest.raises(Unsupported, match=f"{method.name} does not go together with {name}, which"):
+            diffaccel.wrap(pipe, method)
+    with pytest.raises(Unsupported, match=f"{refused[-1].name} does not go together"):
+        run(early, "sd", steps=9)
+    assert torch.equal(run(diffaccel.wrap(pipe, "off"), "sd", steps=9), run(pipe, "sd", steps=9))
+    for method in fine:
+        assert run(diffaccel.wrap(pipe, method), "sd", steps=9).isfinite().all()
+    take_off()
+    assert torch.equal(run(early, "sd", steps=9), want)
+
+
+@pytest.mark.parametrize("method", [SparseCrossAttention(), TokenMerging(min_tokens=1, proportional=True)])
+def test_autocast_reaches_counted_and_other_calls_alike(method):
+    pipe = tiny_pipeline("sd")
+    fast = diffaccel.wrap(pipe, method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second, stock = run(fast, "sd", steps=3), run(fast, "sd", steps=3), run(pipe, "sd", steps=3)
+    assert torch.equal(first, second)
+    assert (first - run(fast, "sd", steps=3)).abs().mean() < 2 * (stock - run(pipe, "sd", steps=3)).abs().mean()
 
 
 def test_half_precision():

@@ -212,11 +212,42 @@ def test_between_entries_log_sigma_is_linear():
     assert vp_sigma(abar[:3], 9.5) == pytest.approx(table[2])
 
 
+class Levelless(schedulers.IPNDMScheduler):
+    """A user's solver whose lists nobody knows."""
+
+
 def test_an_unknown_scheduler_is_refused_with_a_sentence():
-    scheduler = schedulers.IPNDMScheduler()
+    scheduler = Levelless()
     scheduler.set_timesteps(N)
-    with pytest.raises(diffaccel.Unsupported, match="IPNDMScheduler keeps no noise levels"):
-        edm_sigma(scheduler, float(scheduler.timesteps[0]), None)
+    with pytest.raises(diffaccel.Unsupported, match="Levelless keeps no noise levels"):
+        edm_sigma(scheduler, float(scheduler.timesteps[0]), 0)
+
+
+def test_a_scheduler_without_noise_levels_runs_with_what_asks_for_none():
+    """\"off\" like stock; a method that decides by noise refuses with the sentence."""
+    pipe = tiny_pipeline("sd")
+    pipe.scheduler = Levelless()
+    want = run(pipe, "sd", steps=N)
+    fast = diffaccel.wrap(pipe, "off")
+    assert torch.equal(run(fast, "sd", steps=N), want)
+    assert (fast.report.steps, fast.report.completed) == (N, True)
+    assert all(math.isnan(e.sigma) for e in fast.report.trace)
+    for method in (diffaccel.GuidanceInterval(low=0.5), diffaccel.SkipCache(min_evaluations=1)):
+        with pytest.raises(diffaccel.Unsupported, match="Levelless keeps no noise levels"):
+            run(diffaccel.wrap(pipe, method), "sd", steps=N)
+
+
+def test_levels_of_ipndm():
+    """x = alpha x0 + beta eps with alpha^2 + beta^2 = 1, from no signal at all downwards."""
+    pipe = tiny_pipeline("sd")
+    pipe.scheduler = schedulers.IPNDMScheduler()
+    fast = diffaccel.wrap(pipe, "off")
+    assert torch.equal(run(fast, "sd", steps=N), run(pipe, "sd", steps=N))
+    angles = [math.asin(math.sin((1 - i / N) * math.pi / 2) ** 2) for i in range(N)]
+    assert [e.sigma for e in fast.report.trace] == pytest.approx([math.inf, *map(math.tan, angles[1:])], rel=1e-4)
+    cached = diffaccel.wrap(pipe, diffaccel.SkipCache(interval=2, min_evaluations=1))
+    run(cached, "sd", steps=N)
+    assert cached.report.methods["skip_cache"]["cached"] > 0
 
 
 def test_the_table_of_families_matches_diffusers():

@@ -9,11 +9,11 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, LatentConsistencyModelPipeline
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from diffusers.models.embeddings import apply_rotary_emb
 from test_environment import ip_adapter_weights
-from tiny_text import tiny_text_pipeline
+from tiny_text import clip, clip_tokenizer, tiny_text_pipeline
 
 import diffaccel
 from diffaccel import GuidanceInterval, NormalizedAttentionGuidance, RegionSampling, SkipCache, SparseCrossAttention
@@ -394,6 +394,24 @@ def test_compiled_blocks() -> None:
     for _ in range(2):  # the first one counts, uncompiled
         torch.testing.assert_close(picture(fast, given), plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(picture(pipe, given), stock, rtol=0, atol=1e-5)
+
+
+def test_a_negative_prompt_that_the_pipeline_swallows():
+    """LCM takes it by `**kwargs` and forgets it."""
+    pipe = tiny.tiny_lcm(LatentConsistencyModelPipeline)
+    pipe.text_encoder, pipe.tokenizer = clip(tiny.WIDTH, 1), clip_tokenizer()
+    embeddings = pipe.encode_prompt("star", "cpu", 1, False)[0]
+
+    def call(config: NAG, **given: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # its solver draws noise
+        options: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+        return torch.as_tensor(diffaccel.wrap(pipe, config)("a red circle", **options, **given).images)
+
+    want = call(NAG(**STRONG, negative_prompt="star"))
+    assert not torch.equal(call(NAG(**STRONG)), want)
+    assert torch.equal(call(NAG(**STRONG), negative_prompt="star"), want)
+    assert torch.equal(call(NAG(**STRONG, negative_prompt="heart"), negative_prompt="star"), want)
+    assert torch.equal(call(NAG(**STRONG), negative_prompt_embeds=embeddings), want)
 
 
 # --- refusals ---

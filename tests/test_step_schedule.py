@@ -12,11 +12,12 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LatentConsistencyModelImg2ImgPipeline,
     PNDMScheduler,
 )
 from diffusers.schedulers import AysSchedules
 from independent import counted_rows, network_flops
-from tiny import DDIM, KINDS, run, tiny_inputs, tiny_pipeline
+from tiny import DDIM, KINDS, run, tiny_inputs, tiny_lcm, tiny_pipeline
 from tiny_transformers import run as transformer_run
 from tiny_transformers import tiny_pipeline as tiny_transformer
 
@@ -97,6 +98,37 @@ def test_a_strength_that_leaves_nothing_is_refused():
         fast(**tiny_inputs("sd-img2img", steps=10) | {"strength": 0.1})
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.3), (8, 0.5), (12, 0.95)])
+def test_lcm_gives_strength_to_its_scheduler(steps, strength):
+    """It runs all of its steps at any strength."""
+    pipe = tiny_lcm(LatentConsistencyModelImg2ImgPipeline)
+    inputs = tiny_inputs("sd-img2img", steps=steps) | {"strength": strength}
+    del inputs["negative_prompt_embeds"]
+    fast = diffaccel.wrap(pipe, StepSchedule(fraction=0.5))
+    with counted_rows(pipe) as rows:
+        fast(**inputs)
+    assert len(rows) == steps // 2
+    assert fast.report.flops_ratio == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("sdxl", {"denoising_end": 0.7}),
+        ("sdxl-controlnet", {"denoising_end": 0.7}),
+        ("sdxl-img2img", {"denoising_end": 0.9, "strength": 0.55}),
+        ("sdxl-img2img", {"denoising_start": 0.45}),
+        ("sdxl-img2img", {"denoising_start": 0.25, "denoising_end": 0.65}),
+    ],
+)
+def test_parts_of_a_run(kind, more):
+    pipe = tiny_pipeline(kind)
+    fast = diffaccel.wrap(pipe, StepSchedule(fraction=0.5))
+    fast(**tiny_inputs(kind, steps=14) | more)
+    assert fast.report.flops == network_flops(pipe, lambda: pipe(**tiny_inputs(kind, steps=7) | more))
+    assert fast.report.flops_plain == network_flops(pipe, lambda: pipe(**tiny_inputs(kind, steps=14) | more))
+
+
 def test_the_default_number_of_steps_is_the_pipelines():
     fast = diffaccel.wrap(tiny_pipeline("sd"), StepSchedule(fraction=0.1))
     inputs = tiny_inputs("sd")
@@ -115,6 +147,24 @@ def test_steps_given_by_position_and_extra_keywords_survive():
     with pytest.warns(FutureWarning, match="callback"):
         fast(None, height, width, steps, callback=lambda *_: called.append(1), callback_steps=1, **inputs)
     assert len(called) == fast.report.evaluations == 5
+
+
+def test_a_pipeline_of_the_users_that_takes_anything():
+    """What it got by position it gets so again."""
+    pipe, seen = tiny_pipeline("sd"), []
+
+    class Logging(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            seen.append((args, kwargs["num_inference_steps"]))
+            return super().__call__(*args, **kwargs)
+
+    inputs = tiny_inputs("sd", steps=8)
+    want = tiny_pipeline("sd")(**tiny_inputs("sd", steps=4)).images
+    height = inputs.pop("height")
+    pipe.__class__ = Logging
+    fast = diffaccel.wrap(pipe, StepSchedule(fraction=0.5))
+    assert torch.equal(fast(None, height, **inputs).images, want)
+    assert seen == [((None, height), 4)]
 
 
 @pytest.mark.parametrize(("cls", "full", "half"), [(HeunDiscreteScheduler, 19, 9), (PNDMScheduler, 11, 6)])
@@ -208,6 +258,17 @@ def test_explicit_timesteps_are_not_overruled(given):
     fast = diffaccel.wrap(tiny_pipeline("sd"), StepSchedule(fraction=0.5))
     with pytest.raises(Unsupported, match="cannot be combined with timesteps or sigmas given in the call"):
         fast(**tiny_inputs("sd") | given)
+
+
+def test_as_many_sigmas_as_steps():
+    """CogView4 makes its timesteps from the number of steps."""
+    pipe = tiny_transformer("cogview4")
+    fast, sigmas = diffaccel.wrap(pipe, "off"), [1.0, 0.7, 0.3]
+    with pytest.raises(Unsupported, match=r"got 3 and 10; .*call it with num_inference_steps=3 too"):
+        transformer_run(fast, "cogview4", steps=10, sigmas=sigmas)
+    got = transformer_run(fast, "cogview4", steps=3, sigmas=sigmas)
+    assert torch.equal(got, transformer_run(pipe, "cogview4", steps=3, sigmas=sigmas))
+    assert fast.report.steps == 3
 
 
 def test_a_scheduler_without_spacing():

@@ -10,6 +10,7 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -125,6 +126,15 @@ def _sdxl(cls: Any, **parts: Any) -> Any:
 
 def tiny_sd() -> StableDiffusionPipeline:
     return _sd(StableDiffusionPipeline)
+
+
+def tiny_lcm(cls: Any, **parts: Any) -> Any:
+    """A latent consistency pipeline: its UNet takes the guidance scale, its scheduler a share of a longer run."""
+    config = {name: value for name, value in tiny_unet().config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    pipe = _sd(cls, unet=UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval(), **parts)
+    pipe.scheduler = LCMScheduler(**DDIM)
+    return pipe
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:

@@ -31,6 +31,7 @@ class Negative:
             if self.embeddings is None:  # the pipeline asks once more if it guides by itself
                 self.embeddings = self._encode_again(original, bound)
             return output
+        self._take_unread(bound)
         if bound.arguments.get("negative_prompt_embeds") is None and not bound.arguments.get("negative_prompt"):
             bound.arguments["negative_prompt"] = self._texts(self.default, bound.arguments)
         self._require_encoder(bound.arguments.get("negative_prompt_embeds"))
@@ -39,6 +40,15 @@ class Negative:
         self.embeddings = output[self.where.embeddings]
         self.mask = None if self.where.mask is None else output[self.where.mask]
         return output
+
+    def _take_unread(self, bound: inspect.BoundArguments) -> None:
+        """Pipelines that know no negative prompts (LCM) swallow them: here they are of use."""
+        for name in bound.signature.parameters:
+            if not name.startswith("negative_") or self.run.arguments.get(name) is None:
+                continue
+            read = bound.arguments.get(name)
+            if read is None or (isinstance(read, str) and not read):
+                bound.arguments[name] = self.run.arguments[name]
 
     def _encode_again(self, original: Forward, bound: inspect.BoundArguments) -> torch.Tensor:
         given: Mapping[str, Any] = self.run.arguments

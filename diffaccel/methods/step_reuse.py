@@ -68,11 +68,14 @@ class StepReuse(Method):
         return arguments
 
     def _refuse_noise(self, scheduler: Any, eta: float) -> None:
-        if not self.allow_stochastic and adds_noise(scheduler, eta):
-            raise Unsupported(
-                f"step_reuse: {type(scheduler).__name__} adds noise on every step, which a reused prediction does not "
-                "know about; take another scheduler or set allow_stochastic."
-            )
+        if self.allow_stochastic or not adds_noise(scheduler, eta):
+            return
+        by_choice = not adds_noise(scheduler)
+        raise Unsupported(
+            f"step_reuse: {f'with eta={eta:g} ' if by_choice else ''}{type(scheduler).__name__} adds noise on every step, "
+            f"which a reused prediction does not know about; {'leave out eta' if by_choice else 'take another scheduler'} or "
+            "set allow_stochastic."
+        )
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         reuse = _Reuse(self, model, run)

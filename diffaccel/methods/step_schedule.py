@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +15,7 @@ from pydantic import Field, model_validator
 
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
+from diffaccel.methods.plain_count import PlainCount
 from diffaccel.model_map import ModelMap
 from diffaccel.noise import vp_sigma
 from diffaccel.run import Layer, Run
@@ -70,12 +70,9 @@ class StepSchedule(Method):
                 "num_inference_steps in the call."
             )
         count = self.steps or max(1, round(asked * self.fraction))
-        stock, reduced = evaluations(pipe, arguments, asked), evaluations(pipe, arguments, count)
-        if stock and not reduced:
-            raise Unsupported(f"step_schedule: at this strength nothing is left of {count} instead of {asked} steps.")
+        PlainCount(pipe, run, asked, count, listed=self.spacing == "ays").attach(seams)
         if self.spacing is not None and self.spacing != "ays":
             replace_spacing(pipe.scheduler, self.spacing, seams)
-        run.plain_ratio = stock / max(reduced, 1)
         run.counters[self.name] = {"steps asked": asked, "steps run": count}
         if self.spacing == "ays":
             return arguments | {"timesteps": published_timesteps(pipe, count)}
@@ -86,31 +83,6 @@ def _argument(pipe: Any, arguments: dict[str, Any], name: str) -> Any:
     """A call argument or its default; None if the pipeline has no such argument."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
     return arguments.get(name, parameter.default if parameter else None)
-
-
-def evaluations(pipe: Any, arguments: dict[str, Any], steps: int) -> int:
-    """Denoiser evaluations that `steps` solver steps take (Heun: 2N - 1, PNDM: N + 1), asked of a copy of the scheduler.
-
-    Which of them image-to-image leaves out is asked of the pipeline: diffusers rounds it down in some and up in others.
-    """
-    scheduler = pipe.scheduler
-    twin = type(scheduler).from_config(scheduler.config)
-    # dynamic shifting needs the picture size, which changes the noise levels but not their number
-    keywords = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
-    twin.set_timesteps(steps, **keywords)
-    strength = _argument(pipe, arguments, "strength")
-    if strength is None or not hasattr(pipe, "get_timesteps"):
-        return len(twin.timesteps)
-    facts = {
-        "num_inference_steps": steps,
-        "timesteps": twin.timesteps,
-        "strength": strength,
-        "device": "cpu",
-        "denoising_start": arguments.get("denoising_start"),
-    }
-    asked = {name: facts[name] for name in inspect.signature(pipe.get_timesteps).parameters}
-    # it reads nothing of the pipeline but the scheduler
-    return len(type(pipe).get_timesteps(SimpleNamespace(scheduler=twin), **asked)[0])
 
 
 def replace_spacing(scheduler: Any, spacing: str, seams: Seams) -> None:

@@ -91,6 +91,11 @@ def describe_controlnet(net: nn.Module) -> UNetLayout | None:
 
 def _require_known(blocks: tuple[nn.Module, ...], known: tuple[str, ...]) -> None:
     for block in blocks:
+        if type(block).__name__ == "OptimizedModule":
+            raise Unsupported(
+                "a block of this UNet was replaced by torch.compile(block), which hides it; compile blocks in place instead "
+                "(block.compile(), or pipe.unet.compile_repeated_blocks())."
+            )
         if type(block).__name__ not in known:
             raise Unsupported(f"UNets with {type(block).__name__} are not supported; its skips are not the plain kind.")
 
