@@ -25,7 +25,7 @@ from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.method import Method, register
 from diffaccel.methods import block_cache_dit
-from diffaccel.methods.block_cache_dit import DualBlockCache, StackWatch
+from diffaccel.methods.block_cache_dit import DualBlockCache, DualBlockSettings, StackWatch
 from diffaccel.methods.cache_plan import Seen, warn_few
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, is_spread
@@ -140,6 +140,12 @@ class BlockCache(Method):
         return _DEFAULTS[name].get(self.kind) if value is None else value
 
     @property
+    def dual_block(self) -> DualBlockSettings:
+        """The settings of the kind "dual_block"."""
+        first, last, threshold = (self.setting(name) for name in ("first_blocks", "last_blocks", "threshold"))
+        return DualBlockSettings(first, last, threshold, self.max_hits)
+
+    @property
     def is_off(self) -> bool:
         if self.kind in _DEFAULTS["threshold"]:
             return bool(self.setting("threshold") == 0)
@@ -150,7 +156,7 @@ class BlockCache(Method):
         for network, layout in model.denoisers:
             assert isinstance(layout, TransformerLayout)
             if self.kind == "dual_block":
-                block_cache_dit.refuse_unfit(self, model.pipe, network, layout)
+                block_cache_dit.refuse_unfit(self.dual_block, model.pipe, network, layout)
             else:
                 _refuse_unfit(self, network, layout)
         if self.kind in ("first_block", "dual_block") and any(is_spread(network) for network, _ in model.denoisers):
@@ -171,7 +177,7 @@ class BlockCache(Method):
 
     def attach(self, model: ModelMap, run: Run, seams: Seams) -> None:
         caches: dict[int, _Cache | DualBlockCache] = {
-            id(network): block_cache_dit.install(self, model.pipe, network, seams)
+            id(network): block_cache_dit.install(self.dual_block, model.pipe, network, seams)
             if self.kind == "dual_block"
             else _install(self, network, layout, seams)
             for network, layout in model.denoisers
@@ -290,6 +296,7 @@ class _Cache:
     """A network with its hooks, and what stands behind them."""
 
     network: Any
+    config: BlockCache
     settings: Any  # diffusers' config; its hooks read it during the run
     hooks: list[Any]
     watch: _Watch
@@ -303,11 +310,11 @@ class _Cache:
         )
         return context
 
-    def prepare(self, config: BlockCache, lane: str, run: Run, *, full: bool, forget: bool) -> None:
+    def prepare(self, lane: str, run: Run, *, full: bool, forget: bool) -> None:
         """Inside the lane's context: state, step index, and whether the next call must be full."""
         if forget:
             self._forget(lane)
-        getattr(self, f"_prepare_{config.kind}")(config, lane, run, full)
+        getattr(self, f"_prepare_{self.config.kind}")(self.config, lane, run, full)
         self.watch.begin()
         self.allowed[0] = not full
 
@@ -359,7 +366,7 @@ def _install(config: BlockCache, network: Any, layout: Any, seams: Seams) -> _Ca
         raise Unsupported(f"block_cache: this version of diffusers hooks other parts of {type(network).__name__}.")
     for module, forward in forwards:
         seams.let_others_through(module, forward)
-    return _Cache(network, settings, [hook for _, hook in hooks], watch, allowed)
+    return _Cache(network, config, settings, [hook for _, hook in hooks], watch, allowed)
 
 
 def _own_hooks(kind: str, module: nn.Module) -> Iterator[Any]:
@@ -469,7 +476,7 @@ class _Plan:
         full = not (may_hit and usable)
         lane = f"diffaccel {call.lane[1]}"
         with cache.opened(call, lane, run):
-            cache.prepare(self.config, lane, run, full=full, forget=not usable)
+            cache.prepare(lane, run, full=full, forget=not usable)
             self.current, self.undecided = cache, not full
             try:
                 # whether it is a hit is known afterwards: such a call says nothing about the dense cost

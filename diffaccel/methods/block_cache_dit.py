@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -25,9 +25,6 @@ from diffaccel.models.transformers import TransformerLayout
 from diffaccel.others import enabled_cache
 from diffaccel.run import Call, Run
 from diffaccel.seams import Seams
-
-if TYPE_CHECKING:
-    from diffaccel.methods.block_cache import BlockCache
 
 # cache-dit rewrites the forward of other models; this rewriting is for releases of diffusers before 0.35 only.
 _OBSOLETE_FUNCTORS = ("FluxPatchFunctor",)
@@ -43,9 +40,25 @@ class _Found:
     checked: bool  # whether the names of the blocks' arguments tell if the pattern fits
 
 
-def refuse_unfit(config: BlockCache, pipe: Any, network: nn.Module, layout: TransformerLayout) -> None:
+@dataclass(frozen=True)
+class DualBlockSettings:
+    """The settings of `BlockCache` that DBCache reads.
+
+    Attributes:
+        first_blocks, last_blocks: always computed; the change of the first ones decides.
+        threshold: relative change below which the blocks between are left out.
+        max_hits: evaluations in a row at most.
+    """
+
+    first_blocks: int
+    last_blocks: int
+    threshold: float
+    max_hits: int
+
+
+def refuse_unfit(config: DualBlockSettings, pipe: Any, network: nn.Module, layout: TransformerLayout) -> None:
     """Raise `Unsupported` with the reason unless cache-dit's DBCache is known to act on this network."""
-    name, ends = type(network).__name__, config.setting("first_blocks") + config.setting("last_blocks")
+    name, ends = type(network).__name__, config.first_blocks + config.last_blocks
     _import()
     _refuse_enabled(pipe, network)
     if enabled_cache(network):
@@ -70,7 +83,7 @@ def _refuse_enabled(pipe: Any, network: nn.Module) -> None:
         )
 
 
-def install(config: BlockCache, pipe: Any, network: nn.Module, seams: Seams) -> DualBlockCache:
+def install(config: DualBlockSettings, pipe: Any, network: nn.Module, seams: Seams) -> DualBlockCache:
     """Put cache-dit's blocks around the stacks of a network until `seams` close."""
     _refuse_enabled(pipe, network)
     stacks = _find(pipe, network)
@@ -80,7 +93,7 @@ def install(config: BlockCache, pipe: Any, network: nn.Module, seams: Seams) -> 
         seams.replace_blocks(network, found.lists[0], [wrapper])
         for emptied in found.lists[1:]:
             seams.replace_blocks(network, emptied, [])
-    cache = DualBlockCache(type(network).__name__, wrappers, StackWatch(wrappers))
+    cache = DualBlockCache(type(network).__name__, config, wrappers, StackWatch(wrappers))
     seams.on_close(cache.release)
     return cache
 
@@ -143,6 +156,7 @@ class DualBlockCache:
     """A network with cache-dit's blocks around its stacks."""
 
     network: str
+    config: DualBlockSettings
     wrappers: list[Any]
     watch: StackWatch
     states: dict[str, list[Any]] = field(default_factory=dict)  # per lane one context of cache-dit for every stack
@@ -157,14 +171,14 @@ class DualBlockCache:
         if self.full and self.watch.ran < self.watch.total:
             raise Unsupported(f"block_cache: {self.network} does not run the blocks that cache-dit put in its place.")
 
-    def prepare(self, config: BlockCache, lane: str, run: Run, *, full: bool, forget: bool) -> None:
+    def prepare(self, lane: str, run: Run, *, full: bool, forget: bool) -> None:
         """The lane's state, and whether the next call must be full."""
         if forget:
             self.states.pop(lane, None)
         if lane not in self.states:
-            self.states[lane] = [_context(config, f"{lane} {index}") for index in range(len(self.wrappers))]
+            self.states[lane] = [_context(self.config, f"{lane} {index}") for index in range(len(self.wrappers))]
         for wrapper, context in zip(self.wrappers, self.states[lane], strict=True):
-            context.cache_config.residual_diff_threshold = 0.0 if full else config.setting("threshold")
+            context.cache_config.residual_diff_threshold = 0.0 if full else self.config.threshold
             wrapper.cache_context = context
         self.full = full
         self.watch.begin()
@@ -176,7 +190,7 @@ class DualBlockCache:
         self.states.clear()
 
 
-def _context(config: BlockCache | None, name: str) -> Any:
+def _context(config: DualBlockSettings | None, name: str) -> Any:
     """A fresh context; warm-up and the end of the run are forced from outside."""
     contexts, settings = _import()[1:]
     if config is None:
@@ -184,9 +198,9 @@ def _context(config: BlockCache | None, name: str) -> Any:
     return contexts.CachedContext(
         name=name,
         cache_config=settings.DBCacheConfig(
-            Fn_compute_blocks=config.setting("first_blocks"),
-            Bn_compute_blocks=config.setting("last_blocks"),
-            residual_diff_threshold=config.setting("threshold"),
+            Fn_compute_blocks=config.first_blocks,
+            Bn_compute_blocks=config.last_blocks,
+            residual_diff_threshold=config.threshold,
             max_warmup_steps=0,
             max_continuous_cached_steps=config.max_hits,
             enable_separate_cfg=False,

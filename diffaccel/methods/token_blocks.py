@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -17,15 +17,29 @@ from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.kernels.attention_body import attention_body
 from diffaccel.methods.token_maps import SlotMap
-from diffaccel.methods.tokens import Kept, Plan, Verdict, measuring_device, median_seconds
+from diffaccel.methods.tokens import Kept, MinTokens, Plan, Verdict, measuring_device, median_seconds
 from diffaccel.models.merging import MergeFacts, MergeSite
 from diffaccel.run import Call, Proceed, Run
 from diffaccel.seams import Seams
 
-if TYPE_CHECKING:
-    from diffaccel.methods.token_merging import TokenMerging
-
 Match = Callable[[torch.Tensor, int, int], SlotMap]  # (images, tokens, channels), height, width
+
+
+class MergingSettings(Protocol):
+    """What the attentions of a transformer must know of `TokenMerging`."""
+
+    name: ClassVar[str]
+
+    @property
+    def reuse(self) -> int: ...
+    @property
+    def proportional(self) -> bool: ...
+    @property
+    def dense_blocks(self) -> tuple[int, int]: ...
+    @property
+    def min_tokens(self) -> MinTokens: ...
+    @property
+    def plan_settings(self) -> tuple[Any, ...]: ...
 
 
 @dataclass
@@ -67,7 +81,7 @@ class MergedTokens:
 class BlockSites:
     """Patches every image attention of a transformer; whether they act is decided by the plan of the current call."""
 
-    config: TokenMerging
+    config: MergingSettings
     facts: MergeFacts
     run: Run
     match: Match
