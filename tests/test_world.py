@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from diffaccel.miniatures.world import (
@@ -45,6 +47,7 @@ from diffaccel.miniatures.world.judge import (
     WorldJudge,
     WorldJudgeNetwork,
     WorldReading,
+    WorldVerdict,
     as_tensor,
     compare,
     readings,
@@ -52,6 +55,7 @@ from diffaccel.miniatures.world.judge import (
 from diffaccel.miniatures.world.nouns import noun, with_article
 from training.train_text import build_tokenizer, tokenize
 from training.world import World, damage, sprites
+from training.world.evaluate import OPEN_SEED, Maker, Plan, best_scale, by_style, openness
 from training.world.train_judge import Targets, fully_told, judge_loss, save_judge, whole_classes
 from training.world.train_text import NOTHING, Batches, place_targets
 
@@ -524,6 +528,75 @@ def test_judge_loss_falls_when_answers_get_right(rng):
     wrong = {name: part.roll(1, 0) for name, part in right.items()}
     assert judge_loss(right, targets, sound, bare) < judge_loss(wrong, targets, sound, bare) - 1
     assert right["heat"].shape[-1] == 256 // CELL
+
+
+# evaluation
+
+
+class Shown:
+    """A judge that sees what each prompt asks for, with the drawing that the round of seeds says."""
+
+    def __init__(self, cases, artworks, noun=None):
+        self.cases, self.rounds, self.noun = cases, iter(artworks), noun
+
+    def read(self, images):
+        artwork = next(self.rounds)
+        things = [case.scene.objects[0] for case in self.cases]
+        return [
+            WorldReading((Seen(self.noun or item.noun, artwork, 0.5, 0.5, 0.5, 0.9),), None, "grey", "plain", 0.9)
+            for item in things
+        ]
+
+
+@pytest.mark.parametrize(
+    ("artworks", "noun", "pairs", "mean"),
+    [((0, 1, 0, 1), None, 18, 0.6667), ((1, 1, 1, 1), None, 18, 0.0), ((0, 1, 0, 1), "nothing", 0, None)],
+)
+def test_openness_counts_different_drawings_of_the_right_thing(artworks, noun, pairs, mean):
+    make = Maker(FakePipe(), Plan(side=128))
+    cases = make.plan.cases("single", 3, OPEN_SEED)
+    found = openness(make, Shown(cases, artworks, noun), 3, 2.0)
+    assert found["pairs"] == pairs
+    assert found.get("mean") == mean
+
+
+class FakePipe:
+    """Notes the seeds it is called with; its pictures are black."""
+
+    class scheduler:
+        config = DDIMScheduler().config
+
+    def __init__(self):
+        self.seeds = []
+
+    def __call__(self, prompts, *, height, width, generator, num_inference_steps, guidance_scale, output_type):
+        self.seeds += [one.initial_seed() for one in generator]
+        return SimpleNamespace(images=torch.zeros(len(prompts), 3, height, width))
+
+
+def test_a_pictures_seed_does_not_depend_on_the_batch():
+    seeds = []
+    for batch in (2, 5):
+        pipe = FakePipe()
+        assert Maker(pipe, Plan(128, batch))(["a cat"] * 5, 2.0, seed=3).shape == (5, 3, 128, 128)
+        seeds.append(pipe.seeds)
+    assert seeds[0] == seeds[1] == [300_000 + index for index in range(5)]
+
+
+def test_the_best_scale_has_most_pictures_right_in_everything():
+    rows = [
+        {"guidance": scale, "single_correct": single, "style_correct": style, "pair_correct": pair}
+        for scale, single, style, pair in ((1.0, 0.9, 0.2, 0.1), (3.0, 0.6, 0.5, 0.4), (6.0, 0.5, 0.5, 0.3))
+    ]
+    assert best_scale(rows) == 3.0
+
+
+def test_figures_by_style():
+    cases = held_out_prompts("style", 40)
+    rows = [compare(reading_of(case.scene, style=None), case.truth) for case in cases]
+    found = by_style(WorldVerdict(*torch.tensor(rows).unbind(1)), cases)
+    assert sum(row["prompts"] for row in found.values()) == 40
+    assert {(row["nouns"], row["style"]) for row in found.values()} == {(1.0, 0.0)}
 
 
 def test_cases_are_plain_data():

@@ -55,6 +55,7 @@ MENU = ((128, 32, 128), (128, 32, 128), (256, 8, 256), (256, 8, 512))
 SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
 NEAR, NEAREST = 0.25, 1.5  # of a thing's size and in cells: those no further from its centre learn its name
 IGNORED = -100
+WHOLE_WEIGHTS = (1.0, 0.4, 0.4)  # style, the ground's colour and kind
 DAMAGED_SHARE, POOL_SHARE = 0.2, 0.15
 POOL = {128: 320, 256: 96}  # pictures through the codec, by side
 
@@ -102,8 +103,8 @@ def judge_loss(logits: dict[str, Tensor], targets: Targets, sound: Tensor, bare:
     shift = (logits["box"] - targets.box).abs().permute(0, 2, 3, 1)[told]
     total = total + 0.5 * shift[:, :2].mean() + shift[:, 2].mean()
     for index, (name, _) in enumerate(WHOLE):
-        column = targets.whole[good, index]
-        total = total + 0.3 * cross(logits[name][good], column, reduction="sum") / max(1, int((column >= 0).sum()))
+        column, weight = targets.whole[good, index], WHOLE_WEIGHTS[index]
+        total = total + weight * cross(logits[name][good], column, reduction="sum") / max(1, int((column >= 0).sum()))
     return total + binary(logits["validity"], sound)
 
 
