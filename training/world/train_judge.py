@@ -186,7 +186,7 @@ def fully_told(scene: Scene) -> Truth:
 
 
 @torch.no_grad()
-def evaluate(network: WorldJudgeNetwork, world: World, count: int = 400, seed: int = 99) -> dict[str, float]:
+def evaluate(network: WorldJudgeNetwork, world: World, count: int = 250, seed: int = 99) -> dict[str, float]:
     """On new pictures: share read right in each respect by number of things and size, and share of damaged ones rejected."""
     judge, rng = WorldJudge(network), numpy.random.default_rng(seed)
     found: dict[str, float] = {"pictures_per_row": count}
