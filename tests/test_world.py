@@ -56,7 +56,8 @@ from diffaccel.miniatures.world.nouns import noun, with_article
 from training.train_text import build_tokenizer, tokenize
 from training.world import World, damage, sprites
 from training.world.evaluate import OPEN_SEED, Maker, Plan, best_scale, by_style, openness
-from training.world.train_judge import Targets, fully_told, judge_loss, save_judge, whole_classes
+from training.world.train_judge import Batches as JudgeBatches
+from training.world.train_judge import Pool, Row, Targets, fully_told, judge_loss, save_judge, whole_classes
 from training.world.train_text import NOTHING, Batches, place_targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -528,6 +529,19 @@ def test_judge_loss_falls_when_answers_get_right(rng):
     wrong = {name: part.roll(1, 0) for name, part in right.items()}
     assert judge_loss(right, targets, sound, bare) < judge_loss(wrong, targets, sound, bare) - 1
     assert right["heat"].shape[-1] == 256 // CELL
+
+
+def test_batches_mark_what_is_damaged_and_what_is_bare(world, rng):
+    pictures, targets, sound, bare = JudgeBatches(world, Pool({128: [], 256: []}), rng).draw(0)
+    assert pictures.shape == (32, 3, 128, 128)
+    assert targets.heat.shape == (32, 8, 8)
+    assert 0 < sound.sum() < 32
+    assert not (bare & sound.bool()).any()
+    spoilt = Row(world.sample(rng), torch.full((3, 128, 128), 2.0), sound=False)
+    pictures, _, sound, _ = JudgeBatches(world, Pool({128: [spoilt], 256: []}), rng).draw(0)
+    pooled = pictures.flatten(1).min(1).values == 2
+    assert pooled.any()
+    assert not sound[pooled].any()
 
 
 # evaluation

@@ -136,7 +136,7 @@ def soften(drawn: Drawn) -> Tensor:
     picture, rng = drawn.picture, drawn.rng
     if rng.random() < 0.4:
         picture = bend(picture, between(rng, 0.1, 1.0), rng)
-    if rng.random() < 0.4:
-        small = nn.functional.interpolate(picture[None], scale_factor=between(rng, 0.4, 0.8), mode="bilinear")
+    if rng.random() < 0.25:  # more, and pixel art could not be told from a blurred picture
+        small = nn.functional.interpolate(picture[None], scale_factor=between(rng, 0.65, 0.9), mode="bilinear")
         picture = nn.functional.interpolate(small, (drawn.side, drawn.side), mode="bilinear")[0]
     return (picture * between(rng, 0.92, 1.08) + between(rng, -0.03, 0.03)).clamp(0, 1)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -56,8 +57,9 @@ SPREAD = 0.8  # cells: how far from a centre a cell still claims to hold it
 NEAR, NEAREST = 0.25, 1.5  # of a thing's size and in cells: those no further from its centre learn its name
 IGNORED = -100
 WHOLE_WEIGHTS = (1.0, 0.4, 0.4)  # style, the ground's colour and kind
-DAMAGED_SHARE, POOL_SHARE = 0.2, 0.15
-POOL = {128: 320, 256: 96}  # pictures through the codec, by side
+DAMAGED_SHARE, POOL_SHARE = 0.2, 0.25
+POOL = {128: 480, 256: 144}  # pictures through the codec, by side; two of three sound
+SLIGHT, HEAVY = (0.0, 0.15), (0.45, 1.3)  # noise on latents in their standard deviation
 
 
 class Targets:
@@ -114,34 +116,46 @@ def any_scene(world: World, rng: Generator, side: int) -> Scene:
     return world.sample(rng, 1 if side == CLOSE_SIDE else None, side, style, held_out=True)
 
 
-class Pool:
-    """Pictures that went through the autoencoder: as sound as drawn ones, but with its handwriting."""
+@dataclass
+class Row:
+    """A scene, its picture, whether that is well drawn, and whether it is nothing but ground."""
 
-    def __init__(self, rows: dict[int, list[tuple[Scene, Tensor]]]) -> None:
+    scene: Scene
+    picture: Tensor
+    sound: bool = True
+    bare: bool = False
+
+
+class Pool:
+    """Pictures that went through the autoencoder. Most are as sound as drawn ones, but with its handwriting; the others
+    were noisy as latents, as those of a generator that has not learnt enough are, and decode to coloured crumbs.
+    """
+
+    def __init__(self, rows: dict[int, list[Row]]) -> None:
         self.rows = rows
 
     @classmethod
     def of(cls, world: World, out: Path, rng: Generator) -> Pool:
-        """Some scenes of each side of POOL encoded, disturbed a little and decoded; none before there is a codec."""
+        """Some scenes of each side of POOL encoded, disturbed and decoded; none before there is a codec."""
         if not (out / "codec.pt").exists():
             print("judge: no codec.pt yet, so it sees no pictures of the autoencoder", flush=True)
             return cls({side: [] for side in POOL})
         from training.world.codec import load_codec
 
         codec = load_codec(out).eval()
-        return cls({side: [cls._row(world, codec, rng, side) for _ in range(count)] for side, count in POOL.items()})
+        return cls({side: [cls._row(world, codec, rng, side, i % 3 > 0) for i in range(n)] for side, n in POOL.items()})
 
     @staticmethod
     @torch.no_grad()
-    def _row(world: World, codec: AutoencoderKL, rng: Generator, side: int) -> tuple[Scene, Tensor]:
+    def _row(world: World, codec: AutoencoderKL, rng: Generator, side: int, sound: bool) -> Row:
         scene = any_scene(world, rng, side if rng.random() < 0.5 or side == CLOSE_SIDE else 2 * side)
         picture = as_tensor(world.draw(scene, side))[None] * 2 - 1
         latents = codec.encode(picture).latent_dist.mean
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
-        latents += between(rng, 0, 0.15) * latents.std() * noise
-        return scene, (codec.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1)
+        latents += between(rng, *(SLIGHT if sound else HEAVY)) * latents.std() * noise
+        return Row(scene, (codec.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1), sound)
 
-    def pick(self, rng: Generator, side: int) -> tuple[Scene, Tensor] | None:
+    def pick(self, rng: Generator, side: int) -> Row | None:
         return pick(rng, self.rows[side]) if self.rows[side] and rng.random() < POOL_SHARE else None
 
 
@@ -155,21 +169,18 @@ class Batches:
         """Pictures (n, 3, s, s), their targets, whether each is sound (n,) and whether it is bare ground (n,)."""
         side, count, sampled = MENU[step % len(MENU)]
         rows = [self._one(side, sampled) for _ in range(count)]
-        scenes, pictures, damages = zip(*rows, strict=True)
-        sound = torch.tensor([damage is None for damage in damages]).float()
-        bare = torch.tensor([damage is empty for damage in damages])
-        return torch.stack(pictures), Targets(scenes, side), sound, bare
+        sound, bare = torch.tensor([float(row.sound) for row in rows]), torch.tensor([row.bare for row in rows])
+        return torch.stack([row.picture for row in rows]), Targets([row.scene for row in rows], side), sound, bare
 
-    def _one(self, side: int, sampled: int) -> tuple[Scene, Tensor, Callable[[Drawn], Tensor] | None]:
-        """A scene, its picture, and the damage done to it if any."""
+    def _one(self, side: int, sampled: int) -> Row:
         if row := self.pool.pick(self.rng, side):
-            return *row, None
+            return row
         scene = any_scene(self.world, self.rng, sampled)
         drawn = Drawn.of(self.world, scene, side, self.rng)
         if self.rng.random() < DAMAGED_SHARE:
             damage = pick(self.rng, DAMAGES)
-            return scene, damage(drawn), damage
-        return scene, soften(drawn), None
+            return Row(scene, damage(drawn), False, damage is empty)
+        return Row(scene, soften(drawn))
 
 
 def fully_told(scene: Scene) -> Truth:
@@ -186,7 +197,7 @@ def fully_told(scene: Scene) -> Truth:
 
 
 @torch.no_grad()
-def evaluate(network: WorldJudgeNetwork, world: World, count: int = 250, seed: int = 99) -> dict[str, float]:
+def evaluate(network: WorldJudgeNetwork, world: World, count: int = 150, seed: int = 99) -> dict[str, float]:
     """On new pictures: share read right in each respect by number of things and size, and share of damaged ones rejected."""
     judge, rng = WorldJudge(network), numpy.random.default_rng(seed)
     found: dict[str, float] = {"pictures_per_row": count}
@@ -210,12 +221,15 @@ def evaluate(network: WorldJudgeNetwork, world: World, count: int = 250, seed: i
 
 def evaluate_pool(network: WorldJudgeNetwork, pool: Pool) -> dict[str, float]:
     """The same of pictures that went through the codec, which is what a model's pictures look like at best."""
-    found = {}
+    found: dict[str, float] = {}
     for side, rows in pool.rows.items():
-        readings = [WorldJudge(network).read(picture[None])[0] for _, picture in rows]
-        told = [compare(reading, fully_told(scene)) for reading, (scene, _) in zip(readings, rows, strict=True)]
-        share = torch.tensor(told).float().mean(0).tolist() if rows else []
+        seen = [WorldJudge(network).read(row.picture[None])[0] for row in rows]
+        good = [compare(reading, fully_told(row.scene)) for reading, row in zip(seen, rows, strict=True) if row.sound]
+        noisy = [not reading.valid for reading, row in zip(seen, rows, strict=True) if not row.sound]
+        share = torch.tensor(good).float().mean(0).tolist() if good else []
         found |= {f"codec_{side}_{key}": round(value, 4) for key, value in zip(VERDICT_FIELDS, share, strict=False)}
+        if noisy:
+            found[f"codec_{side}_noisy_latents_rejected"] = round(sum(noisy) / len(noisy), 4)
     return found
 
 
