@@ -202,6 +202,7 @@ def test_the_codec_trains_and_its_encoder_is_then_final(tmp_path, world, monkeyp
 def make_latents(out, monkeypatch):
     monkeypatch.setattr(latents, "load_codec", lambda out: codec.linear_codec(soft_pictures(16)))
     monkeypatch.setattr(latents, "CHUNK", 2)
+    latents._world.cache_clear()
     for size, count, seed in ((128, 3, 1), (128, 2, 2), (256, 2, 1)):
         latents.make(out, latents.Drawn(size, 2, count, seed))
 
@@ -215,6 +216,9 @@ def test_latent_files_add_up_and_hold_captions(tmp_path, world, monkeypatch):
     assert rows.values.dtype == torch.float16
     assert [len(row) for row in rows.captions] == [latents.PHRASINGS] * 5
     assert all(isinstance(text, str) and text for row in rows.captions for text in row)
+    alone = latents.draw_chunk((tmp_path, latents.Drawn(128, 2, 3, 1), 2))  # the chunk of the third row
+    assert alone[1] == [rows.captions[2]]
+    assert alone[0].shape == (1, 128, 128, 3)
     again = latents.latents_path(tmp_path, 128, 1)
     stamp = again.stat().st_mtime_ns
     latents.make(tmp_path, latents.Drawn(128, 2, 3, 1))
@@ -327,11 +331,24 @@ def test_the_few_step_lora_loads_and_changes_answers(parts, tmp_path):
     assert not torch.equal(before, after)
 
 
+def test_scenes_are_the_same_whoever_draws_them(tmp_path, world):
+    latents._world.cache_clear()
+    jobs = [(tmp_path, latents.Drawn(32, 1, 40, 1), start) for start in (0, 16)]
+    with latents.drawing(jobs, 1) as chunks:
+        first = list(chunks)
+    for job, (pictures, captions) in zip(jobs, first, strict=True):
+        again = latents.draw_chunk(job)
+        assert numpy.array_equal(pictures, again[0])
+        assert captions == again[1]
+    assert not numpy.array_equal(first[0][0], first[1][0])
+
+
 def test_all_parts_are_run_in_an_order_that_works(tmp_path):
     lines = [line[2:] for line in commands(Order(tmp_path, 100, "cpu", 50), tmp_path / "models")]
     names = [line[0].removeprefix("training.world.") for line in lines]
     assert names.index("codec") < names.index("latents") < names.index("unet") < names.index("distill")
-    assert [line for line in names if line.startswith("sd3")] == ["sd3"] * 3
+    assert names.count("sd3") == names.count("unet") == 3
+    assert names[-3:] == ["assemble", "evaluate", "evaluate"]
     spent = [float(line[line.index("--minutes") + 1]) for line in lines if line[0].endswith(".unet")]
     assert spent == sorted(spent)
     assert sum(SHARES.values()) == pytest.approx(1)

@@ -213,7 +213,7 @@ def linear_codec(pictures: Tensor) -> AutoencoderKL:
     return codec
 
 
-def to_tensor(pictures: Sequence[NDArray[numpy.uint8]]) -> Tensor:
+def to_tensor(pictures: Sequence[NDArray[numpy.uint8]] | NDArray[numpy.uint8]) -> Tensor:
     """(n, 3, h, w) in [-1, 1] of uint8 pictures (h, w, 3)."""
     return torch.from_numpy(numpy.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 

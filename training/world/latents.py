@@ -9,17 +9,23 @@ Each call writes one file, `out/latents_SIZE_SEED.pt`; several of one size add u
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.common import DEFAULT_OUT, load_checkpoint, save_atomically
 from training.world import World
-from training.world.codec import LATENTS, PATCH, draw_scene, load_codec, to_tensor
+from training.world.codec import draw_scene, load_codec, to_tensor
 
 CHUNK = 16
 PHRASINGS = 8
@@ -58,24 +64,46 @@ def latents_path(out: Path, size: int, seed: int) -> Path:
     return out / f"latents_{size}_{seed}.pt"
 
 
-def make(out: Path, drawn: Drawn, device: str = "cpu") -> Path:
+def draw_chunk(job: tuple[Path, Drawn, int]) -> tuple[NDArray[numpy.uint8], list[list[str]]]:
+    """Pictures (n, size, size, 3) and their captions from row `start` on, the same whoever draws them."""
+    out, drawn, start = job
+    world, rng = _world(out), numpy.random.default_rng([drawn.seed, drawn.size, start])
+    count = min(CHUNK, drawn.count - start)
+    scenes = [draw_scene(world, rng, drawn.size, drawn.objects) for _ in range(count)]
+    captions = [[world.caption(scene, rng)[0] for _ in range(PHRASINGS)] for scene in scenes]
+    return numpy.stack([world.draw(scene, drawn.size) for scene in scenes]), captions
+
+
+@cache
+def _world(out: Path) -> World:
+    return World.load(out)
+
+
+@contextmanager
+def drawing(jobs: Sequence[tuple[Path, Drawn, int]], workers: int) -> Iterator[Iterator[Any]]:
+    """The chunks of `jobs` in order, drawn here or by several processes."""
+    if workers == 1:
+        yield map(draw_chunk, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap(draw_chunk, jobs)
+
+
+def make(out: Path, drawn: Drawn, device: str = "cpu", workers: int = 1) -> Path:
     """Write the file of `drawn`, unless it is there already."""
     path = latents_path(out, drawn.size, drawn.seed)
     if path.exists():
         return path
-    world, codec = World.load(out), load_codec(out).to(device)
-    rng = numpy.random.default_rng([drawn.seed, drawn.size])
-    side = drawn.size // PATCH
-    values = torch.empty(drawn.count, LATENTS, side, side, dtype=torch.float16)
-    captions = []
-    for start in range(0, drawn.count, CHUNK):
-        scenes = [draw_scene(world, rng, drawn.size, drawn.objects) for _ in values[start : start + CHUNK]]
-        pictures = to_tensor([world.draw(scene, drawn.size) for scene in scenes]).to(device)
-        values[start : start + CHUNK] = encode(codec, pictures).cpu().half()
-        captions += [[world.caption(scene, rng)[0] for _ in range(PHRASINGS)] for scene in scenes]
-        if start % 1600 == 0:
-            print(f"latents {drawn.size} px {start} of {drawn.count}", flush=True)
-    save_atomically({"latents": values, "captions": captions}, path)
+    codec = load_codec(out).to(device)
+    values, captions = [], []
+    jobs = [(out, drawn, start) for start in range(0, drawn.count, CHUNK)]
+    with drawing(jobs, workers) as chunks:
+        for pictures, texts in chunks:
+            values.append(encode(codec, to_tensor(pictures).to(device)).cpu().half())
+            captions += texts
+            if len(values) % 100 == 0:
+                print(f"latents {drawn.size} px {len(captions)} of {drawn.count}", flush=True)
+    save_atomically({"latents": torch.cat(values), "captions": captions}, path)
     return path
 
 
@@ -97,9 +125,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    make(options.out, Drawn(options.size, options.objects, options.count, options.seed), options.device)
+    drawn = Drawn(options.size, options.objects, options.count, options.seed)
+    make(options.out, drawn, options.device, options.workers)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Everything of the world's models from nothing: drawings, autoencoder, text encoder, judge, both denoisers.
 
 python -m training.world.run_all --minutes 600
-python -m training.world.run_all --minutes 14 --device cuda --count 60000
+python -m training.world.run_all --minutes 14 --device cuda --count 60000 --workers 16
 
 Run the same line again after an interruption, or one with more minutes: finished parts are kept, the others go on.
-The minutes are shared out below; drawing latents comes on top.
+The minutes are shared out below; drawing latents and measuring come on top.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Order:
     minutes: float
     device: str
     count: int
+    workers: int = 1
 
 
 def command(order: Order, part: str, *options: str) -> list[str]:
@@ -54,8 +55,9 @@ def timed(order: Order, part: str, share: float = 1.0) -> list[str]:
 
 def latent_commands(order: Order) -> list[list[str]]:
     rows = [(str(size), str(most), str(max(1, int(order.count * part)))) for size, most, part in LATENTS]
+    rest = ("--device", order.device, "--workers", str(order.workers))
     return [
-        command(order, "latents", "--size", size, "--objects", most, "--count", count, "--device", order.device)
+        command(order, "latents", "--size", size, "--objects", most, "--count", count, *rest)
         for size, most, count in rows
     ]
 
@@ -69,6 +71,13 @@ def stage_commands(order: Order, part: str) -> list[list[str]]:
     ]
 
 
+def measure_command(order: Order, folder: Path) -> list[str]:
+    own = order.out / "evaluation"
+    judge = order.out / "world_judge"
+    options = ("--model", str(folder), "--judge", str(judge), "--out", str(own), "--device", order.device)
+    return [sys.executable, "-m", "training.world.evaluate", *options]
+
+
 def commands(order: Order, to: Path) -> list[list[str]]:
     """All command lines, in order."""
     return [
@@ -79,6 +88,7 @@ def commands(order: Order, to: Path) -> list[list[str]]:
         timed(order, "distill"),
         *stage_commands(order, "sd3"),
         command(order, "assemble", "--to", str(to)),
+        *(measure_command(order, to / name) for name in ("emoji-sd", "emoji-sd3")),
     ]
 
 
@@ -88,9 +98,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--count", type=int, default=20000, help="scenes of 128 px whose latents are kept")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes for latents")
     parser.add_argument("--to", type=Path, default=DEFAULT_OUT / "models", help="where the models are put")
     options = parser.parse_args()
-    for line in commands(Order(options.out, options.minutes, options.device, options.count), options.to):
+    order = Order(options.out, options.minutes, options.device, options.count, options.workers)
+    for line in commands(order, options.to):
         subprocess.run(line, check=True)
 
 
