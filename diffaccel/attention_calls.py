@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffaccel.call import Call
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.dense import choose, dense_attention
 from diffaccel.model_map import ModelMap
-from diffaccel.run import Call, Layer, Proceed, Run
-from diffaccel.seams import is_compiled
+from diffaccel.run import Layer, Proceed, Run
 
 Stock = Callable[[], torch.Tensor]
 

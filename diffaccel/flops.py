@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
-from diffaccel.seams import Seams, is_compiled
+from diffaccel.seams import Seams
 
 # torch's registry knows the CUDA attention operators only; without this entry attention on CPU would count as free.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

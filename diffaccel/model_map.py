@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import TransformerLayout, describe_transformer
 from diffaccel.models.unet import UNetLayout, describe_controlnet, describe_unet
 from diffaccel.pipelines.conventions import Convention
 from diffaccel.pipelines.find import find_convention
-from diffaccel.seams import is_compiled
 
 Layout = UNetLayout | TransformerLayout
 

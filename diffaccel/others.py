@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffaccel.compiled import is_compiled
 from diffaccel.flops import PartMeter, Place, count_through_calls
 from diffaccel.model_map import ModelMap
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.run import Run
-from diffaccel.seams import Seams, is_compiled
+from diffaccel.seams import Seams
 
 
 def live_with_others(model: ModelMap, run: Run, seams: Seams) -> None:

@@ -193,19 +193,6 @@ class _BlocksInThread(nn.ModuleList):
         return super().__getitem__(index) if threading.get_ident() == self._thread else self._others[0][index]
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` stands around this module's call, in any of its forms.
-
-    They are `module.compile()`, `torch.compile(module)` (a module of its own around it) and
-    `module.forward = torch.compile(module.forward)`.
-    """
-    return (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or type(module).__name__ == "OptimizedModule"
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-    )
-
-
 class Addition:
     """A child module and hooks added to a network, and how to take exactly them away again.
 

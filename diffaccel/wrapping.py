@@ -14,6 +14,8 @@ import torch
 
 from diffaccel.add_ons import add_ons, refuse_add_ons
 from diffaccel.attention_calls import check_kernel, use_kernel
+from diffaccel.clock import Clock
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
 from diffaccel.finite import watch_pictures, watch_result
 from diffaccel.flops import FlopLedger
@@ -27,8 +29,8 @@ from diffaccel.pipelines.presets import resolve_recipe
 from diffaccel.places import stepped
 from diffaccel.recipe import Recipe
 from diffaccel.report import Report, build_report
-from diffaccel.run import Clock, Run
-from diffaccel.seams import Seams, is_compiled
+from diffaccel.run import Run
+from diffaccel.seams import Seams
 
 _OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 

@@ -9,12 +9,12 @@ from tiny import KINDS, run, tiny_pipeline
 
 import diffaccel
 from diffaccel import TokenDownsampling, TokenMerging, Unsupported
+from diffaccel.call import Call
 from diffaccel.methods.token_downsampling import average_tokens, nearest_tokens
 from diffaccel.methods.token_maps import SlotMap, matched_map
 from diffaccel.methods.token_matchers import guidance_importance, important_destinations, window_destinations
 from diffaccel.methods.tokens import Verdict, grid, measuring_device, median_seconds
 from diffaccel.model_map import describe
-from diffaccel.run import Call
 
 GRIDS = [(8, 8), (6, 10), (7, 5), (2, 2)]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel import seams
+from diffaccel.compiled import is_compiled
 from diffaccel.erasure.concepts import UneditedControl
 from diffaccel.erasure.edit import Edit
 from diffaccel.erasure.edit_parts import tensor_digest
@@ -34,7 +35,6 @@ from diffaccel.erasure.live import (
 )
 from diffaccel.erasure.routes import CONTROL
 from diffaccel.errors import Unsupported
-from diffaccel.seams import is_compiled
 
 _HOME = "_diffaccel_edits"
 _GLIMPSE = 16

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffaccel.compiled import is_compiled
 from diffaccel.erasure.edit import Edit
 from diffaccel.erasure.edit_parts import DTYPES, EditedModule, tensor_digest
 from diffaccel.erasure.routes import find_routes
 from diffaccel.errors import Unsupported
-from diffaccel.seams import is_compiled
 
 FUSED = "to_kv"
 NO_WEIGHT = "no weight in fp32, fp16 or bf16 (quantised, not loaded, or offloaded to disk)"

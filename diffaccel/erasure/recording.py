@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffaccel.call import bind_arguments
 from diffaccel.errors import Unsupported
 from diffaccel.pipelines.find import find_convention
-from diffaccel.run import bind_arguments
 from diffaccel.seams import Seams
 
 SEQUENCE, POOLED = "prompt_embeds", "pooled_prompt_embeds"

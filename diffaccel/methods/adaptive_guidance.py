@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from diffaccel.call import Call, map_output, prediction
 from diffaccel.method import Method, register
 from diffaccel.methods.guidance_interval import attach_dropping, is_doubled
 from diffaccel.model_map import ModelMap
 from diffaccel.noise import predicted_x0
-from diffaccel.run import Call, Layer, Proceed, Run, map_output, prediction
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

@@ -21,6 +21,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from diffaccel.call import Call
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
 from diffaccel.flops import FlopLedger
 from diffaccel.method import Method, register
@@ -30,8 +32,8 @@ from diffaccel.methods.cache_plan import Seen, warn_few
 from diffaccel.methods.conditions import AdapterProbe
 from diffaccel.model_map import ModelMap, is_spread
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.run import Call, Layer, Proceed, Run
-from diffaccel.seams import Seams, is_compiled
+from diffaccel.run import Layer, Proceed, Run
+from diffaccel.seams import Seams
 
 Kind = Literal["first_block", "mag", "taylor", "pyramid", "dual_block"]
 Target = Literal["attention", "output"]

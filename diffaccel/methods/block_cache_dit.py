@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import nn
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.others import enabled_cache
-from diffaccel.run import Call, Run
+from diffaccel.run import Run
 from diffaccel.seams import Seams
 
 # cache-dit rewrites the forward of other models; this rewriting is for releases of diffusers before 0.35 only.

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
 
+from diffaccel.call import Call, describe_shapes
 from diffaccel.method import Method
 from diffaccel.methods.conditions import _VARYING, AdapterProbe, Conditions
 from diffaccel.model_map import ModelMap
 from diffaccel.noise import is_flow
-from diffaccel.run import Call, Layer, Proceed, Run, describe_shapes
+from diffaccel.run import Layer, Proceed, Run
 
 Coordinate = Literal["log_sigma", "flow_time"]
 

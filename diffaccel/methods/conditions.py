@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffaccel.run import Call, describe_shapes
+from diffaccel.call import Call, describe_shapes
 
 # These change on every step by nature: the latents themselves, the time, and residuals computed from them.
 _VARYING = frozenset(

@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, model_validator
 
+from diffaccel.call import Call, map_output
+from diffaccel.clock import Clock
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
 from diffaccel.model_map import ModelMap
-from diffaccel.run import Call, Clock, Layer, Proceed, Run, map_output
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.models.cross_attention import NegativeText
-from diffaccel.run import Call, Run
+from diffaccel.run import Run
 
 Forward = Callable[..., Any]
 

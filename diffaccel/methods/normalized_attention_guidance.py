@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from diffaccel.call import Call, map_output
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.nag_blend import blend_flops, nag_blend
 from diffaccel.method import Method, register
@@ -35,7 +36,7 @@ from diffaccel.models.cross_attention import (
     joint_sites,
     negative_text,
 )
-from diffaccel.run import Call, Layer, Proceed, Run, map_output
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 Forward = Callable[..., Any]

@@ -16,6 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
+from diffaccel.call import Call
+from diffaccel.clock import Clock
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import Seen, noise_position, note_whole_controlnets, warn_few
@@ -27,7 +29,7 @@ from diffaccel.model_map import ModelMap
 from diffaccel.models.regions import region_facts
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.noise import adds_noise
-from diffaccel.run import Call, Clock, Layer, Proceed, RegionCounts, Run
+from diffaccel.run import Layer, Proceed, RegionCounts, Run
 from diffaccel.seams import Seams
 
 

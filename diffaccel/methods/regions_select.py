@@ -21,7 +21,7 @@ import math
 
 import torch
 
-from diffaccel.run import Call
+from diffaccel.call import Call
 
 
 def split_cells(output: torch.Tensor, patch: int, cells: int) -> torch.Tensor:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.methods.bypass import Bypass
 from diffaccel.methods.cache_plan import CachePlan, CacheSettings, Seen, default_coordinate
 from diffaccel.model_map import ModelMap
 from diffaccel.models.unet import UNetLayout
-from diffaccel.run import Call, Layer, Proceed, Run
+from diffaccel.run import Layer, Proceed, Run
 
 
 class SkipPlan(CachePlan):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from diffaccel.attention_calls import Caught
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.attention_body import attention_body
 from diffaccel.kernels.block_selection import (
@@ -37,7 +38,7 @@ from diffaccel.methods.tokens import MinTokens, median_seconds
 from diffaccel.model_map import ModelMap
 from diffaccel.models.attention_sites import ImageAttention, image_attentions
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.run import Call, Evaluation, Layer, Proceed, Run
+from diffaccel.run import Evaluation, Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 Forward = Callable[..., Any]

@@ -15,12 +15,13 @@ from pydantic import Field, field_validator, model_validator
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.sparse_softmax import extra_flops, sparse_softmax
 from diffaccel.method import Method, register
 from diffaccel.model_map import ModelMap
 from diffaccel.models.cross_attention import CrossSite, cross_sites, text_tokens
-from diffaccel.run import Call, Layer, Proceed, Run
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

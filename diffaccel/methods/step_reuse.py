@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from diffaccel.call import Call, map_output, prediction
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import conditions_of, settled, warn_few
 from diffaccel.methods.conditions import AdapterProbe, Conditions
 from diffaccel.model_map import ModelMap
 from diffaccel.noise import adds_noise
-from diffaccel.run import Call, Layer, Proceed, Run, map_output, prediction
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

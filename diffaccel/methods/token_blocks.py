@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.kernels.attention_body import attention_body
 from diffaccel.methods.token_maps import SlotMap
 from diffaccel.methods.tokens import Kept, MinTokens, Plan, Verdict, measuring_device, median_seconds
 from diffaccel.models.merging import MergeFacts, MergeSite
-from diffaccel.run import Call, Proceed, Run
+from diffaccel.run import Proceed, Run
 from diffaccel.seams import Seams
 
 Match = Callable[[torch.Tensor, int, int], SlotMap]  # (images, tokens, channels), height, width

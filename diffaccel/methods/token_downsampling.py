@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.method import Method, register
 from diffaccel.methods.tokens import MinTokens, TokenSites
 from diffaccel.model_map import ModelMap
-from diffaccel.run import Call, Layer, Proceed, Run
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

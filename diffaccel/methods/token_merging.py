@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
+from diffaccel.call import Call, prediction
 from diffaccel.errors import Unsupported
 from diffaccel.kernels.matching import match_tokens
 from diffaccel.method import Method, register
@@ -25,7 +26,7 @@ from diffaccel.methods.tokens import MinTokens, TokenSites
 from diffaccel.model_map import ModelMap
 from diffaccel.models.merging import MergeFacts, merge_facts
 from diffaccel.models.unet import UNetLayout
-from diffaccel.run import Call, Layer, Proceed, Run, prediction
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 

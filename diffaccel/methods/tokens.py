@@ -18,11 +18,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.flops import count_flops
 from diffaccel.model_map import ModelMap
 from diffaccel.models.unet import AttentionSite
-from diffaccel.run import Call, Proceed, Run
+from diffaccel.run import Proceed, Run
 from diffaccel.seams import Seams
 
 T = TypeVar("T")

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from diffaccel.call import Call
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.models.unet import UNetLayout
-from diffaccel.run import Call
 
 
 @dataclass(frozen=True)

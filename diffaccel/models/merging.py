@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from diffaccel.call import Call
+from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.run import Call
-from diffaccel.seams import is_compiled
 
 Bias = Literal["rows", "heads", "none"]
 

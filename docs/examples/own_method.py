@@ -6,10 +6,11 @@ from pydantic import Field
 
 import diffaccel
 from diffaccel import Recipe
+from diffaccel.call import Call
 from diffaccel.method import Method, register
 from diffaccel.methods.cache_plan import Seen
 from diffaccel.model_map import ModelMap
-from diffaccel.run import Call, Layer, Proceed, Run
+from diffaccel.run import Layer, Proceed, Run
 from diffaccel.seams import Seams
 
 
