@@ -24,8 +24,8 @@ import torch
 
 import diffaccel
 from diffaccel.batch import BatchSettings, plan_batch, run_batch
-from diffaccel.bench import Spread, describe_machine, machine, ratio, rotated, spread, timed
 from diffaccel.loading import default_guidance, load_pipeline
+from diffaccel.measure.timing import Spread, describe_machine, machine, ratio, rotated, spread, timed
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 0.97

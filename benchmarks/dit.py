@@ -29,11 +29,11 @@ from benchmarks import peers
 from benchmarks.dit_models import GUIDED, NAMES, build_pipeline, call_arguments
 from benchmarks.timing import Options, Ours, Timing, Variant, backend, command_line, judged, parsed, rows, run_once, say
 from diffaccel import Recipe, Unsupported
-from diffaccel.bench import PeakMemory, describe_machine, machine, rotated
-from diffaccel.method import Method
+from diffaccel.engine.method import Method
+from diffaccel.files.output import write_text
+from diffaccel.measure.timing import PeakMemory, describe_machine, machine, rotated
 from diffaccel.methods import registry
-from diffaccel.model_map import describe
-from diffaccel.output import write_text
+from diffaccel.models.model_map import describe
 
 INTERVAL = 3
 RATIOS = (0.5, 0.25)

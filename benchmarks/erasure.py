@@ -29,13 +29,13 @@ from benchmarks.erasure_measure import Bench, measure
 from benchmarks.erasure_table import line, page
 from benchmarks.erasure_tasks import SIBLING, Keep, Task, concepts, keep_list, tasks, world_prompts
 from benchmarks.subjects import SUBJECTS
-from diffaccel.bench import machine
-from diffaccel.comparison_rows import json_value
-from diffaccel.erasure.attacks import ATTACKS, Budget
-from diffaccel.erasure.recording import Drawing
+from diffaccel.erasure.proof.attacks import ATTACKS, Budget
+from diffaccel.erasure.proof.recording import Drawing
 from diffaccel.errors import DiffaccelError
+from diffaccel.files.output import write_text
+from diffaccel.measure.rows import json_value
+from diffaccel.measure.timing import machine
 from diffaccel.miniatures import load_folder, load_judge, load_miniature, recommended_guidance
-from diffaccel.output import write_text
 
 METHODS = ("uce", "rece", "speed", "mace", "context")
 

@@ -28,16 +28,16 @@ import torch
 from benchmarks.erasure_frontier import rows_of
 from benchmarks.erasure_table import share, table
 from benchmarks.erasure_tasks import SIBLING, Task, concepts, keep_list, world_prompts
-from diffaccel.bench import describe_machine, machine
-from diffaccel.comparison_rows import json_value
-from diffaccel.erasure import attacks
-from diffaccel.erasure.attacks import Budget
-from diffaccel.erasure.probes import attributes, world_cases
-from diffaccel.erasure.recognition import seen
-from diffaccel.erasure.recording import SEQUENCE, Drawing, draw
-from diffaccel.erasure.scores import binomial
+from diffaccel.erasure.proof import attacks
+from diffaccel.erasure.proof.attacks import Budget
+from diffaccel.erasure.proof.probes import attributes, world_cases
+from diffaccel.erasure.proof.recognition import seen
+from diffaccel.erasure.proof.recording import SEQUENCE, Drawing, draw
+from diffaccel.erasure.proof.scores import binomial
+from diffaccel.files.output import write_text
+from diffaccel.measure.rows import json_value
+from diffaccel.measure.timing import describe_machine, machine
 from diffaccel.miniatures import load_judge, load_miniature, recommended_guidance
-from diffaccel.output import write_text
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "uce": ("uce", {}),
@@ -141,7 +141,7 @@ def _mean(cells: Sequence[Mapping[str, Any] | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the page and its figures."""
-    from diffaccel.erasure.apply import apply_edit, remove_edit
+    from diffaccel.edits.apply import apply_edit, remove_edit
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["circle", "red"])

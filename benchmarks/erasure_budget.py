@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs fro
 import torch
 
 from benchmarks.erasure_table import table
-from diffaccel.bench import describe_machine, machine
 from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.settings import CONTEXTS, METHODS, TEMPLATES
-from diffaccel.output import write_text
+from diffaccel.files.output import write_text
+from diffaccel.measure.timing import describe_machine, machine
 
 LIMIT_SECONDS, LIMIT_GIGABYTES = 60, 3
 

@@ -26,13 +26,13 @@ import torch
 from benchmarks.erasure_measure import Bench, measure
 from benchmarks.erasure_table import change, share, table
 from benchmarks.erasure_tasks import SIBLING, Task, concepts, keep_list, world_prompts
-from diffaccel.bench import describe_machine, machine
-from diffaccel.comparison_rows import json_value
-from diffaccel.erasure.attacks import Budget
-from diffaccel.erasure.recording import Drawing
+from diffaccel.erasure.proof.attacks import Budget
+from diffaccel.erasure.proof.recording import Drawing
 from diffaccel.errors import DiffaccelError
+from diffaccel.files.output import write_text
+from diffaccel.measure.rows import json_value
+from diffaccel.measure.timing import describe_machine, machine
 from diffaccel.miniatures import load_judge, load_miniature, recommended_guidance
-from diffaccel.output import write_text
 
 NULL = {"prior_filter": False, "augment": 0}  # the preserved rows as they are, as in the paper's run with 100 people
 PHRASES = {"general": False}  # everyday words are outside this world: they break into letters

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.erasure_tasks import Task, erased_cases, named, pool, shown
-from diffaccel.erasure import attacks as attacking
-from diffaccel.erasure.attacks import Budget, Material
-from diffaccel.erasure.null_drift import drift, null_states, predict
-from diffaccel.erasure.probes import attributes, shows, without
-from diffaccel.erasure.recognition import seen
-from diffaccel.erasure.recording import Drawing, draw
-from diffaccel.erasure.scores import binomial, picture_distance
+from diffaccel.erasure.proof import attacks as attacking
+from diffaccel.erasure.proof.attacks import Budget, Material
+from diffaccel.erasure.proof.null_drift import drift, null_states, predict
+from diffaccel.erasure.proof.probes import attributes, shows, without
+from diffaccel.erasure.proof.recognition import seen
+from diffaccel.erasure.proof.recording import Drawing, draw
+from diffaccel.erasure.proof.scores import binomial, picture_distance
+from diffaccel.measure.quality import enough_for_frechet, frechet_distance, paired_difference
 from diffaccel.miniatures.judge import Judge, Reading
 from diffaccel.miniatures.scenes import PromptCase
-from diffaccel.quality import enough_for_frechet, frechet_distance, paired_difference
 
 ERASED_SEED = 100_000  # of their pictures, added to the seed of the run
 FEWEST = 8  # prompts below which a class is not asked how much it lost
@@ -80,7 +80,7 @@ class Bench:
 
 def measure(bench: Bench, edit: Any, task: Task, kept: Sequence[str], attacks: Sequence[str]) -> dict[str, Any]:
     """All figures of one edit; the model is unedited before and after."""
-    from diffaccel.erasure.apply import apply_edit, remove_edit
+    from diffaccel.edits.apply import apply_edit, remove_edit
 
     unedited = _unedited(bench, task, attacks)
     apply_edit(bench.pipe, edit)

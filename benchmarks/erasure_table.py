@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.erasure_tasks import SIBLING
-from diffaccel.bench import describe_machine
+from diffaccel.measure.timing import describe_machine
 
 Row = Mapping[str, Any]
 MOST_ERASED, MOST_LOST, MOST_WORST = 5.0, 2.0, 8.0  # per cent, points, points

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffaccel.erasure.probes import WORDS, Attributes, attributes, other_names, shows, siblings, world_cases
+from diffaccel.erasure.proof.probes import WORDS, Attributes, attributes, other_names, shows, siblings, world_cases
 from diffaccel.miniatures import scenes
 from diffaccel.miniatures.scenes import COLOURS, SHAPES, TEXTURES, PromptCase, Scene, SceneObject, Statement
 
@@ -53,7 +53,7 @@ def tasks(chosen: Sequence[str]) -> list[Task]:
 
 def concepts(task: Task, synonyms: bool, anchor: str) -> list[Any]:
     """What `erase` is asked for: the words, with the world's synonyms at full weight or without them."""
-    from diffaccel.erasure.concepts import Concept
+    from diffaccel.edits.concepts import Concept
 
     return [
         Concept(

@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs fro
 from benchmarks.fidelity_table import Page, against_line, target
 from benchmarks.recipes import chosen_presets, methods_alone, transformer_methods_alone
 from benchmarks.subjects import SUBJECTS, Subject
-from diffaccel.bench import machine
-from diffaccel.compare import score
-from diffaccel.comparison_rows import Row
-from diffaccel.contest import PLAIN, Contestant, Runner, Settings, measure, verify_plain
-from diffaccel.frontier import save_frontier
+from diffaccel.files.output import write_text
+from diffaccel.measure.compare import score
+from diffaccel.measure.frontier import save_frontier
+from diffaccel.measure.rows import Row
+from diffaccel.measure.runner import PLAIN, Contestant, Runner, Settings, measure, verify_plain
+from diffaccel.measure.timing import machine
 from diffaccel.miniatures import load_folder, load_judge, miniature_path, recommended_guidance
 from diffaccel.miniatures.scenes import held_out_prompts
-from diffaccel.output import write_text
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from benchmarks.subjects import Subject
-from diffaccel.bench import describe_machine
-from diffaccel.comparison_rows import Row, markdown_table
-from diffaccel.contest import Runner
-from diffaccel.frontier import Over, Quality, accuracy_of, line_at, psnr_of
-from diffaccel.quality import IDENTICAL_DB, Interval, bootstrap, psnr
-from diffaccel.recipe import Recipe
+from diffaccel.measure.frontier import Over, Quality, accuracy_of, line_at, psnr_of
+from diffaccel.measure.quality import IDENTICAL_DB, Interval, bootstrap, psnr
+from diffaccel.measure.rows import Row, markdown_table
+from diffaccel.measure.runner import Runner
+from diffaccel.measure.timing import describe_machine
+from diffaccel.recipes.recipe import Recipe
 
 PSNR_MARGIN = 0.3  # dB; closer than this to the line counts as on it
 _EXPLANATION = (

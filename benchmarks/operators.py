@@ -30,9 +30,9 @@ from benchmarks import peers
 from benchmarks.operators_cases import Case, Setting, all_cases
 from benchmarks.operators_table import judged, markdown
 from benchmarks.timing import say
-from diffaccel.bench import machine, ratio, rotated, spread
+from diffaccel.files.output import write_text
 from diffaccel.kernels.registration import recording
-from diffaccel.output import write_text
+from diffaccel.measure.timing import machine, ratio, rotated, spread
 
 _FLUSH = 2**30  # bytes written between cold runs: more than any cache, and time for the host to launch what follows
 _LEAST = 0.02  # seconds of one measurement on a CPU

@@ -32,7 +32,7 @@ from diffaccel.kernels.merge import merge_tokens, unmerge_tokens
 from diffaccel.kernels.nag_blend import nag_blend
 from diffaccel.kernels.slot_map import member_lists, slot_map
 from diffaccel.kernels.sparse_softmax import sparse_softmax
-from diffaccel.methods.token_matchers import MATCHERS, Grid, window_destinations
+from diffaccel.methods.tokens.token_matchers import MATCHERS, Grid, window_destinations
 
 Calls = dict[str, Callable[[], Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffaccel.bench import describe_machine
+from diffaccel.measure.timing import describe_machine
 
 Row = dict[str, Any]
 

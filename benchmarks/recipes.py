@@ -15,8 +15,8 @@ from diffaccel import (
     TokenMerging,
     presets,
 )
-from diffaccel.method import Method
-from diffaccel.run import Layer
+from diffaccel.engine.method import Method
+from diffaccel.engine.run import Layer
 
 
 def named(name: str, *methods: Method) -> Recipe:

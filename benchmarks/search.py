@@ -25,13 +25,13 @@ from diffaccel import (
     TokenDownsampling,
     TokenMerging,
 )
-from diffaccel.compare import score
-from diffaccel.comparison_rows import Row, markdown_table
-from diffaccel.contest import PLAIN, Contestant, Measurement, Runner
+from diffaccel.engine.method import Method
 from diffaccel.errors import DiffaccelError
-from diffaccel.frontier import line_at, psnr_of
-from diffaccel.method import Method
-from diffaccel.output import write_text
+from diffaccel.files.output import write_text
+from diffaccel.measure.compare import score
+from diffaccel.measure.frontier import line_at, psnr_of
+from diffaccel.measure.rows import Row, markdown_table
+from diffaccel.measure.runner import PLAIN, Contestant, Measurement, Runner
 
 # Divisors of 1000 (nearly): for others the DDIM of diffusers rounds its stride down and the line would be unfairly low.
 LINE = (8, 10, 20, 25, 40)

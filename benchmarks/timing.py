@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from diffaccel import Recipe, wrap
-from diffaccel.bench import Spread, ratio, spread, timed
-from diffaccel.flops import FlopLedger
+from diffaccel.engine.flops import FlopLedger
+from diffaccel.measure.timing import Spread, ratio, spread, timed
 
 Opener = Callable[[Any], AbstractContextManager[Any]]
 

@@ -27,8 +27,8 @@ from benchmarks.models import build_pipeline, call_arguments
 from benchmarks.timing import Options, Ours, Timing, Variant, backend, command_line, judged, parsed, rows, run_once, say
 from benchmarks.unet_table import markdown
 from diffaccel import GuidanceInterval, Recipe, SkipCache, TokenDownsampling, TokenMerging, presets
-from diffaccel.bench import machine, rotated, spread, timed
-from diffaccel.output import write_text
+from diffaccel.files.output import write_text
+from diffaccel.measure.timing import machine, rotated, spread, timed
 
 RATIO, INTERVAL = 0.5, 3
 

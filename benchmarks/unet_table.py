@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import peers
-from diffaccel.bench import describe_machine
+from diffaccel.measure.timing import describe_machine
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -22,8 +22,8 @@ from diffaccel.demo.markup import message, notes
 from diffaccel.demo.sessions import Session, Sessions
 from diffaccel.errors import DiffaccelError
 from diffaccel.methods import registry
-from diffaccel.pipelines.presets import presets
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.presets import presets
+from diffaccel.recipes.recipe import Recipe
 
 log = logging.getLogger("diffaccel.demo")
 Update = Any

@@ -17,7 +17,7 @@ from diffaccel.demo.engine import Engine, PageError, Watch
 from diffaccel.demo.markup import notes, table, tiles
 from diffaccel.demo.sessions import Session
 from diffaccel.loading import default_guidance
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 MOST_STEPS, LARGEST_SIDE = 200, 2048

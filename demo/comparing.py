@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffaccel.bench import Spread
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, Watch
 from diffaccel.demo.markup import decibel, flops, notes, strips, table, tiles
 from diffaccel.demo.sessions import Session
 from diffaccel.demo.timing import Job, draw_all, pace, seconds_of, speedup, steps_in_all
-from diffaccel.output import safe_name
-from diffaccel.quality import QualityError, psnr, ssim
-from diffaccel.recipe import Recipe
+from diffaccel.files.output import safe_name
+from diffaccel.measure.quality import QualityError, psnr, ssim
+from diffaccel.measure.timing import Spread
+from diffaccel.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)

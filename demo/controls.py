@@ -11,7 +11,7 @@ import gradio as gr
 from diffaccel.demo.actions import Actions
 from diffaccel.demo.fields import Field, offered, words
 from diffaccel.demo.recipes import CUSTOM
-from diffaccel.pipelines.presets import presets
+from diffaccel.recipes.presets import presets
 
 # What answers at once and can refuse: through the queue too, since elsewhere a refusal is a server error to browsers.
 QUICK: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": None, "show_progress": "hidden"}

@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel import generate as work
+from diffaccel.engine.report import Report, refuse_broken
 from diffaccel.errors import DiffaccelError
+from diffaccel.files.metadata import Generation, png_info
+from diffaccel.files.output import write_file
 from diffaccel.loading import default_guidance, load_pipeline
-from diffaccel.metadata import Generation, png_info
 from diffaccel.miniatures import NAMES, miniature_path
-from diffaccel.model_map import ModelMap, describe
-from diffaccel.output import write_file
-from diffaccel.recipe import Recipe
-from diffaccel.report import Report, refuse_broken
+from diffaccel.models.model_map import ModelMap, describe
+from diffaccel.recipes.recipe import Recipe
 from diffaccel.wrapping import AcceleratedPipeline, wrap
 
 PLAIN = Recipe(name="plain")

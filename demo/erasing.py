@@ -14,14 +14,14 @@ from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.markup import decibel, message, notes, table
 from diffaccel.demo.sessions import Session
-from diffaccel.erasure.concepts import ErasureWarning, escaped, names_in, settle
-from diffaccel.erasure.effect import way
+from diffaccel.edits.concepts import ErasureWarning, escaped, names_in, settle
+from diffaccel.edits.effect import way
 from diffaccel.erasure.settings import METHODS, settings_of
 from diffaccel.erasure.solve import erase as solve
 from diffaccel.erasure.solve import suited_method
+from diffaccel.files.output import safe_name
 from diffaccel.methods import Erase
-from diffaccel.output import safe_name
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 MOST_NAMES = 64
 AUTOMATIC = "automatic"  # what `diffaccel.erase` chooses if no method is named

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel.bench import spread
-from diffaccel.comparison_rows import Row
 from diffaccel.demo.comparing import likeness
 from diffaccel.demo.engine import PLAIN, Ask, Drawn, Engine, PageError, Watch
 from diffaccel.demo.fields import Field, offered
 from diffaccel.demo.markup import decibel, fewer, table
 from diffaccel.demo.sessions import Session
 from diffaccel.demo.timing import ROUNDS, Job, draw_all, pace, seconds_of, speedup
-from diffaccel.frontier import Over, save_frontier
+from diffaccel.files.output import safe_name
+from diffaccel.measure.frontier import Over, save_frontier
+from diffaccel.measure.rows import Row
+from diffaccel.measure.timing import spread
 from diffaccel.methods import registry
-from diffaccel.output import safe_name
-from diffaccel.recipe import Recipe, build_method
+from diffaccel.recipes.recipe import Recipe, build_method
 
 MOST_CELLS = 36
 COSTS: dict[str, Over] = {"FLOPs": "flops", "time": "seconds", "evaluations": "evaluations"}

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffaccel.engine.method import Method
 from diffaccel.errors import RecipeError
-from diffaccel.method import Method
 from diffaccel.methods import registry
-from diffaccel.recipe import Recipe, build_method
+from diffaccel.recipes.recipe import Recipe, build_method
 
 Kind = Literal["switch", "slider", "number", "choice", "text"]
 _NUMBERS = ("number", "integer")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from diffaccel.report import Report
-from diffaccel.run import Evaluation
+from diffaccel.engine.report import Report
+from diffaccel.engine.run import Evaluation
 
 Work = Literal["full", "partial", "guidance", "skipped"]
 MEANING: dict[Work, str] = {

@@ -9,10 +9,10 @@ from diffaccel.demo.engine import Engine, PageError
 from diffaccel.demo.fields import show_recipe
 from diffaccel.demo.sessions import Session
 from diffaccel.errors import DiffaccelError
-from diffaccel.output import safe_name
-from diffaccel.pipelines.presets import presets
-from diffaccel.recipe import Recipe, each_once
-from diffaccel.text_files import decode
+from diffaccel.files.output import safe_name
+from diffaccel.files.text import decode
+from diffaccel.recipes.presets import presets
+from diffaccel.recipes.recipe import Recipe, each_once
 
 MOST_BYTES = 64 * 1024
 CUSTOM = "custom"

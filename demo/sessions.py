@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.methods import Erase
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 KEPT_RUNS = 12  # folders of finished actions that a session keeps
 MOST_SESSIONS = 200  # pages that say goodbye are closed at once; clients that never do are closed when more come

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffaccel.bench import Spread, ratio, rotated, spread
 from diffaccel.demo.engine import Ask, Drawn, Engine, Watch
 from diffaccel.demo.sessions import Session
-from diffaccel.recipe import Recipe
+from diffaccel.measure.timing import Spread, ratio, rotated, spread
+from diffaccel.recipes.recipe import Recipe
 
 ROUNDS = 3
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffaccel.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from diffaccel.engine.report import Report as Report
     from diffaccel.erasure import Edit as Edit
     from diffaccel.erasure import apply_edit as apply_edit
     from diffaccel.erasure import load_edit as load_edit
@@ -35,24 +36,23 @@ if TYPE_CHECKING:
     from diffaccel.methods import StepSchedule as StepSchedule
     from diffaccel.methods import TokenDownsampling as TokenDownsampling
     from diffaccel.methods import TokenMerging as TokenMerging
+    from diffaccel.methods.caches.skip_branches import add_skip_branches as add_skip_branches
+    from diffaccel.methods.caches.skip_branches import load_skip_branches as load_skip_branches
+    from diffaccel.methods.caches.skip_branches import remove_skip_branches as remove_skip_branches
+    from diffaccel.methods.caches.skip_branches import save_skip_branches as save_skip_branches
     from diffaccel.miniatures import load_judge as load_judge
     from diffaccel.miniatures import load_miniature as load_miniature
-    from diffaccel.pipelines.presets import presets as presets
-    from diffaccel.recipe import Recipe as Recipe
-    from diffaccel.report import Report as Report
-    from diffaccel.skip_branches import add_skip_branches as add_skip_branches
-    from diffaccel.skip_branches import load_skip_branches as load_skip_branches
-    from diffaccel.skip_branches import remove_skip_branches as remove_skip_branches
-    from diffaccel.skip_branches import save_skip_branches as save_skip_branches
+    from diffaccel.recipes.presets import presets as presets
+    from diffaccel.recipes.recipe import Recipe as Recipe
     from diffaccel.wrapping import AcceleratedPipeline as AcceleratedPipeline
     from diffaccel.wrapping import wrap as wrap
 
 _HOME = {
     "wrap": "wrapping",
     "AcceleratedPipeline": "wrapping",
-    "Recipe": "recipe",
-    "presets": "pipelines.presets",
-    "Report": "report",
+    "Recipe": "recipes.recipe",
+    "presets": "recipes.presets",
+    "Report": "engine.report",
     "GuidanceInterval": "methods",
     "AdaptiveGuidance": "methods",
     "SkipCache": "methods",
@@ -68,10 +68,10 @@ _HOME = {
     "SparseAttention": "methods",
     "StepReuse": "methods",
     "StepSchedule": "methods",
-    "add_skip_branches": "skip_branches",
-    "load_skip_branches": "skip_branches",
-    "remove_skip_branches": "skip_branches",
-    "save_skip_branches": "skip_branches",
+    "add_skip_branches": "methods.caches.skip_branches",
+    "load_skip_branches": "methods.caches.skip_branches",
+    "remove_skip_branches": "methods.caches.skip_branches",
+    "save_skip_branches": "methods.caches.skip_branches",
     "load_miniature": "miniatures",
     "load_judge": "miniatures",
     "erase": "erasure.solve",

@@ -124,7 +124,7 @@ def diagnose(pipe: Any = None, model: str = "") -> Diagnosis:
 def check_pipeline(pipe: Any, model: str = "") -> PipelineCheck:
     """Ask every method and preset whether it works on this pipeline."""
     from diffaccel.methods import registry
-    from diffaccel.pipelines.presets import presets
+    from diffaccel.recipes.presets import presets
 
     denoiser = next((part for part in (getattr(pipe, name, None) for name in ("unet", "transformer")) if part), None)
     return PipelineCheck(
@@ -147,7 +147,7 @@ def _check(name: str, attempt: Callable[[], object]) -> Check:
 
 
 def _check_method(pipe: Any, method: Any) -> None:
-    from diffaccel.model_map import describe
+    from diffaccel.models.model_map import describe
 
     method.check(describe(pipe))
 

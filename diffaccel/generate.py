@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffaccel.engine.finite import refuse_these
+from diffaccel.engine.report import Report
 from diffaccel.errors import DiffaccelError
-from diffaccel.finite import refuse_these
-from diffaccel.metadata import Generation, png_info
-from diffaccel.model_map import describe
+from diffaccel.files.metadata import Generation, png_info
+from diffaccel.files.output import OutputFolder, safe_name, write_file
+from diffaccel.models.model_map import describe
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.output import OutputFolder, safe_name, write_file
-from diffaccel.report import Report
 from diffaccel.wrapping import AcceleratedPipeline
 
 FEW_STEPS = 10  # that every scheduler can do; one that refuses these needs more than a number

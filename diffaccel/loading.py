@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffaccelError
+from diffaccel.files.model_folder import absent_parts
+from diffaccel.files.text import read_text
 from diffaccel.miniatures import NAMES, load_miniature, recommended_guidance
-from diffaccel.model_folder import absent_parts
-from diffaccel.text_files import read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -155,7 +155,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     if name not in SCHEDULERS:
         raise LoadError(f"Unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
-    from diffaccel.noise import is_flow
+    from diffaccel.engine.noise import is_flow
 
     pipe.scheduler = _flow_scheduler(pipe, name) if is_flow(pipe.scheduler) else _scheduler(pipe, name)
 

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffaccel.add_ons import add_ons, refuse_add_ons
-from diffaccel.attention_calls import check_kernel, use_kernel
-from diffaccel.clock import Clock
-from diffaccel.compiled import is_compiled
+from diffaccel.engine.add_ons import add_ons, refuse_add_ons
+from diffaccel.engine.attention_calls import check_kernel, use_kernel
+from diffaccel.engine.clock import Clock
+from diffaccel.engine.conditions import AdapterProbe
+from diffaccel.engine.finite import watch_pictures, watch_result
+from diffaccel.engine.flops import FlopLedger
+from diffaccel.engine.method import Method
+from diffaccel.engine.others import live_with_others
+from diffaccel.engine.places import stepped
+from diffaccel.engine.report import Report, build_report
+from diffaccel.engine.run import Run
+from diffaccel.engine.seams import Seams
 from diffaccel.errors import Unsupported
-from diffaccel.finite import watch_pictures, watch_result
-from diffaccel.flops import FlopLedger
 from diffaccel.kernels.registration import recording
-from diffaccel.method import Method
-from diffaccel.methods.conditions import AdapterProbe
-from diffaccel.model_map import ModelMap, describe, is_spread
+from diffaccel.models.compiled import is_compiled
+from diffaccel.models.model_map import ModelMap, describe, is_spread
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.others import live_with_others
-from diffaccel.pipelines.presets import resolve_recipe
-from diffaccel.places import stepped
-from diffaccel.recipe import Recipe
-from diffaccel.report import Report, build_report
-from diffaccel.run import Run
-from diffaccel.seams import Seams
+from diffaccel.recipes.presets import resolve_recipe
+from diffaccel.recipes.recipe import Recipe
 
 _OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 

@@ -27,11 +27,11 @@ from tables import table
 
 import diffaccel
 from diffaccel import BlockCache
-from diffaccel.erasure.routes import find_routes
+from diffaccel.edits.routes import find_routes
+from diffaccel.engine.method import Method
 from diffaccel.errors import DiffaccelError
-from diffaccel.method import Method
 from diffaccel.methods import registry
-from diffaccel.model_map import describe
+from diffaccel.models.model_map import describe
 
 STEPS = 6
 CACHES = {

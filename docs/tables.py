@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffaccel.method import Method
+from diffaccel.engine.method import Method
 from diffaccel.methods import registry
-from diffaccel.pipelines.presets import presets
-from diffaccel.recipe import CONFLICTS
+from diffaccel.recipes.presets import presets
+from diffaccel.recipes.recipe import CONFLICTS
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

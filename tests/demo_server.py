@@ -32,7 +32,7 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[str]:
     port = _free_port()
     log, temporary = folder / "server.log", folder / "temporary"
     temporary.mkdir()
-    code = "from diffaccel.cli import main; main()"
+    code = "from diffaccel.cli.app import main; main()"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "demo", "--port", str(port), *options],

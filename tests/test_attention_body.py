@@ -11,7 +11,7 @@ from ahead_of_time import ARCHITECTURES, CONSUMER, Variant, assert_fits, compile
 from kernel_harness import DTYPES, assert_accurate, assert_no_worse, errors, far_tensor, harden
 
 from diffaccel import Unsupported
-from diffaccel.flops import count_flops
+from diffaccel.engine.flops import count_flops
 from diffaccel.kernels import attention_body as attention_module
 from diffaccel.kernels.attention_body import (
     DENSE_TILES,

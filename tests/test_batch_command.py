@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffaccel.batch.manifest import read_manifest
-from diffaccel.cli import app
+from diffaccel.cli.app import app
 
 PROMPTS = ["a red square", "a blue dot", "a star, green", "two lines", "a cat", "a dog"]
 OPTIONS = ("--steps", "2", "--recipe", "off", "--batch-size", "2", "--size", "32x32")
@@ -120,7 +120,7 @@ def test_mistakes_are_listed_before_anything_is_loaded(tmp_path):
 
 
 def test_progress_is_told_where_there_is_no_terminal(tiny_folder, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffaccel.cli_batch.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("diffaccel.cli.batch.SECONDS_BETWEEN_LINES", 0)
     result = run(rows, "-o", tmp_path / "out", "-m", tiny_folder, *OPTIONS)
     assert re.search(r"^[1-6] of 6 pictures, \d+\.\d\d pictures/s, .* left$", result.stderr, re.MULTILINE)
     monkeypatch.undo()

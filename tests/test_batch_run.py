@@ -18,7 +18,7 @@ from batch_forge import fast_pipe
 from PIL import Image
 
 import diffaccel
-from diffaccel import GuidanceInterval, Recipe, TokenMerging, metadata
+from diffaccel import GuidanceInterval, Recipe, TokenMerging
 from diffaccel.batch import BatchError, BatchProgress, BatchSettings, calls, estimate, plan_batch, run_batch
 from diffaccel.batch.arguments import converted
 from diffaccel.batch.calls import Caller
@@ -30,7 +30,8 @@ from diffaccel.batch.shards import Sample, pack
 from diffaccel.batch.state import Journal, Store
 from diffaccel.batch.tally import Tally
 from diffaccel.errors import DiffaccelError
-from diffaccel.output import OutputError
+from diffaccel.files import metadata
+from diffaccel.files.output import OutputError
 
 SETTINGS = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0, "size": (16, 16)}
 ROWS = [{"prompt": f"a red square {number}"} for number in range(5)]

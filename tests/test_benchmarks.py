@@ -18,10 +18,20 @@ from benchmarks import fidelity, fidelity_table, models, peers, search, unet, un
 from benchmarks.recipes import chosen_presets, methods_alone
 from benchmarks.subjects import SUBJECTS
 from diffaccel import GuidanceInterval, Recipe, SkipCache, StepSchedule
-from diffaccel.bench import PeakMemory, Spread, closest_steps, describe_machine, machine, ratio, rotated, spread, timed
-from diffaccel.comparison_rows import Row
-from diffaccel.contest import PLAIN, Runner, Settings
-from diffaccel.quality import Interval
+from diffaccel.measure.quality import Interval
+from diffaccel.measure.rows import Row
+from diffaccel.measure.runner import PLAIN, Runner, Settings
+from diffaccel.measure.timing import (
+    PeakMemory,
+    Spread,
+    closest_steps,
+    describe_machine,
+    machine,
+    ratio,
+    rotated,
+    spread,
+    timed,
+)
 from tests.tiny import WIDTH, tiny_sd, tiny_sdxl
 
 

@@ -12,7 +12,7 @@ from tiny import tiny_pipeline as tiny_unet_pipeline
 from tiny_transformers import KINDS, UNGUIDED, run, tiny_pipeline
 
 from diffaccel import BlockCache, GuidanceInterval, Unsupported, wrap
-from diffaccel.flops import count_flops
+from diffaccel.engine.flops import count_flops
 
 RATIOS = (1.0, 0.99, 0.97, 0.99, 1.02)
 EAGER = {  # settings under which every kind has hits on random weights

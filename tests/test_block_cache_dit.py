@@ -15,7 +15,7 @@ from tiny_transformers import KINDS, run, tiny_pipeline
 
 from benchmarks import peers
 from diffaccel import BlockCache, GuidanceInterval, Unsupported, wrap
-from diffaccel.flops import count_flops
+from diffaccel.engine.flops import count_flops
 
 
 def dual(threshold=2.0, **settings):

@@ -10,7 +10,7 @@ from ahead_of_time import ARCHITECTURES, Variant, assert_fits, compile_variants
 from kernel_harness import DTYPES, errors, far_tensor, harden
 
 from diffaccel import Unsupported
-from diffaccel.flops import count_flops
+from diffaccel.engine.flops import count_flops
 from diffaccel.kernels.block_selection import (
     attended_pairs,
     kept_blocks,

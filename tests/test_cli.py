@@ -18,11 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from typer.testing import CliRunner
 
-from diffaccel import metadata
-from diffaccel.cli import app
-from diffaccel.cli_support import PRESETS, show
+from diffaccel.cli.app import app
+from diffaccel.cli.support import PRESETS, show
 from diffaccel.errors import DiffaccelError
-from diffaccel.recipe import Recipe
+from diffaccel.files import metadata
+from diffaccel.recipes.recipe import Recipe
 
 
 def run(*args):
@@ -69,7 +69,7 @@ def cpu_seconds():
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from diffaccel.cli import app; app(['--help'], standalone_mode=False);"
+        "import sys; from diffaccel.cli.app import app; app(['--help'], standalone_mode=False);"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'gradio', 'xformers', 'triton'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -355,9 +355,9 @@ def test_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_interrupt_keeps_finished_pictures_only(tiny_folder, tmp_path, monkeypatch):
-    import diffaccel.output
+    import diffaccel.files.output
 
-    real, calls = diffaccel.output._write_and_rename, []
+    real, calls = diffaccel.files.output._write_and_rename, []
 
     def interrupted(*args):
         calls.append(args)
@@ -365,7 +365,7 @@ def test_interrupt_keeps_finished_pictures_only(tiny_folder, tmp_path, monkeypat
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr("diffaccel.output._write_and_rename", interrupted)
+    monkeypatch.setattr("diffaccel.files.output._write_and_rename", interrupted)
     result = generate(tiny_folder, tmp_path, "--count", 3)
     assert result.exit_code == 130
     assert os.listdir(tmp_path) == ["a-red-square-0.png"]
@@ -376,7 +376,7 @@ def test_interrupt_keeps_finished_pictures_only(tiny_folder, tmp_path, monkeypat
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_pictures_that_are_not_finite_are_not_saved(tiny_folder, tmp_path, monkeypatch):
     """They were black files, and the command was content."""
-    monkeypatch.setattr("diffaccel.finite._rows", lambda pictures: [True, False, True][: len(pictures)])
+    monkeypatch.setattr("diffaccel.engine.finite._rows", lambda pictures: [True, False, True][: len(pictures)])
     result = generate(tiny_folder, tmp_path, "--count", 3)
     assert_one_sentence(result, "icture 2 of 3 holds values that are not finite", "--dtype")
     assert sorted(os.listdir(tmp_path)) == ["a-red-square-0.png", "a-red-square-2.png"]
@@ -396,7 +396,7 @@ def test_more_steps_than_the_scheduler_has(tiny_folder, tmp_path, command):
 
 def test_nobody_reads_on():
     """`diffaccel recipes | head -1` ends without a complaint."""
-    code = "import sys; from diffaccel.cli import main; sys.argv = ['diffaccel', 'recipes', 'fast']; main()"
+    code = "import sys; from diffaccel.cli.app import main; sys.argv = ['diffaccel', 'recipes', 'fast']; main()"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
@@ -405,7 +405,7 @@ def test_nobody_reads_on():
 
 
 def test_help_names_presets_and_gives_examples():
-    from diffaccel.pipelines.presets import presets
+    from diffaccel.recipes.presets import presets
 
     assert tuple(presets()) == PRESETS
     for command in ("generate", "compare", "showcase", "recipes", "doctor", "batch", "erase", "demo"):
@@ -415,7 +415,7 @@ def test_help_names_presets_and_gives_examples():
 
 @pytest.mark.parametrize("width", [30, 60, 90, 200])
 def test_tables_cut_nothing(width):
-    from diffaccel.pipelines.presets import presets
+    from diffaccel.recipes.presets import presets
 
     table = Table("recipe", "methods", "good for")
     for recipe in presets().values():
@@ -431,7 +431,7 @@ def test_tables_cut_nothing(width):
 def test_debug_shows_the_exception(tmp_path):
     result = generate(tmp_path, tmp_path / "out", "--debug")
     assert isinstance(result.exception, DiffaccelError)
-    command = [sys.executable, "-c", "from diffaccel.cli import main; main()", "--debug", "recipes", "magic"]
+    command = [sys.executable, "-c", "from diffaccel.cli.app import main; main()", "--debug", "recipes", "magic"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -496,7 +496,7 @@ def test_compare_judges_held_out_prompts(tmp_path):
 
 
 def test_showcase_replaces_results_only_when_asked(tmp_path, monkeypatch):
-    import diffaccel.compare as work
+    import diffaccel.measure.compare as work
 
     monkeypatch.setattr(work, "demo", functools.partial(work.demo, prompts=2, steps=10))
     (tmp_path / "comparison.json").write_text("of hours of comparing")

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 
 from diffaccel import GuidanceInterval, Recipe, SkipCache
-from diffaccel.bench import Spread
-from diffaccel.compare import Measurement, compare, demo, score
-from diffaccel.comparison import Comparison
-from diffaccel.comparison_rows import Row, columns, markdown_table
-from diffaccel.contact_sheet import CELL, MARGIN, TEXT_WIDTH, draw_contact_sheet
-from diffaccel.contest import (
+from diffaccel.errors import DiffaccelError, Unsupported
+from diffaccel.files.output import OutputError
+from diffaccel.measure.compare import Measurement, compare, demo, score
+from diffaccel.measure.comparison import Comparison
+from diffaccel.measure.contact_sheet import CELL, MARGIN, TEXT_WIDTH, draw_contact_sheet
+from diffaccel.measure.frontier import accuracy_of, draw_frontier, line_at, psnr_of, save_frontier
+from diffaccel.measure.quality import Interval
+from diffaccel.measure.rows import Row, columns, markdown_table
+from diffaccel.measure.runner import (
     PLAIN,
     CompareError,
     Contestant,
@@ -28,10 +31,7 @@ from diffaccel.contest import (
     spacing_notes,
     verify_plain,
 )
-from diffaccel.errors import DiffaccelError, Unsupported
-from diffaccel.frontier import accuracy_of, draw_frontier, line_at, psnr_of, save_frontier
-from diffaccel.output import OutputError
-from diffaccel.quality import Interval
+from diffaccel.measure.timing import Spread
 
 PROMPTS = ["a cat", "a dog", "a fish"]
 HALF = Recipe(name="half guided", methods=(GuidanceInterval(stop_fraction=0.5),))

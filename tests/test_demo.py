@@ -15,16 +15,17 @@ import torch
 from pydantic import Field as PydanticField
 
 import diffaccel
-from diffaccel import GuidanceInterval, Recipe, SkipCache, metadata
+from diffaccel import GuidanceInterval, Recipe, SkipCache
 from diffaccel.demo import actions, batching, comparing, erasing, exploring, fields, markup, recipes, timing
 from diffaccel.demo.engine import PLAIN, Ask, Cancelled, Drawn, Engine, PageError, Watch
 from diffaccel.demo.sessions import KEPT_RUNS, Session, Sessions
+from diffaccel.engine.method import Method
+from diffaccel.engine.run import Evaluation, Layer
 from diffaccel.erasure.settings import METHODS
 from diffaccel.errors import DiffaccelError, RecipeError
-from diffaccel.method import Method
+from diffaccel.files import metadata
 from diffaccel.methods import registry
-from diffaccel.pipelines.presets import presets
-from diffaccel.run import Evaluation, Layer
+from diffaccel.recipes.presets import presets
 
 TWO = Ask.of(prompt="a red square", steps=2, seed=3)
 
@@ -108,9 +109,9 @@ def test_a_new_method_appears_without_edits(monkeypatch):
 
         def attach(self, model: Any, run: Any, seams: Any) -> None: ...
 
-    import diffaccel.method
+    import diffaccel.engine.method
 
-    monkeypatch.setitem(diffaccel.method.REGISTERED, "blur", Blur)
+    monkeypatch.setitem(diffaccel.engine.method.REGISTERED, "blur", Blur)
     radius, mode = fields.offered()["blur"]
     assert (radius.kind, radius.minimum, radius.maximum, radius.help) == ("slider", 0, 8, "in pixels.")
     assert (mode.kind, mode.choices) == ("choice", ("box", "gauss"))

@@ -15,8 +15,8 @@ import pytest
 import typer
 from demo_server import serving
 
-from diffaccel import metadata
-from diffaccel.cli_demo import AUTH_VARIABLE, credentials
+from diffaccel.cli.demo import AUTH_VARIABLE, credentials
+from diffaccel.files import metadata
 
 USER, PASSWORD = "somebody", "correct horse 7h"
 NAMES = (
@@ -246,7 +246,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
 
     from typer.testing import CliRunner
 
-    from diffaccel.cli import app
+    from diffaccel.cli.app import app
 
     for name in [name for name in sys.modules if name.startswith("diffaccel.demo.")]:
         monkeypatch.delitem(sys.modules, name)

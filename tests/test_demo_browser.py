@@ -14,7 +14,7 @@ import pytest
 from demo_server import WORKING, Visitor, find_chromium, serving
 from PIL import Image
 
-from diffaccel import metadata
+from diffaccel.files import metadata
 
 pytestmark = pytest.mark.browser
 

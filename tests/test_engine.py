@@ -43,7 +43,7 @@ from diffaccel import (
     TokenMerging,
     Unsupported,
 )
-from diffaccel.seams import Seams
+from diffaccel.engine.seams import Seams
 
 EVERYTHING = [
     StepSchedule(fraction=0.5, spacing="trailing"),

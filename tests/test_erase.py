@@ -11,9 +11,9 @@ import torch
 from tiny_text import KINDS, LIMIT, encode, tiny_text_pipeline
 
 import diffaccel
+from diffaccel.edits.concepts import escaped, mentions, names_in, settle
+from diffaccel.edits.effect import way
 from diffaccel.erasure import SPEED, UCE, Concept, ConceptList, ErasureError, ErasureWarning, WeakErasure, read_concepts
-from diffaccel.erasure.concepts import escaped, mentions, names_in, settle
-from diffaccel.erasure.effect import way
 from diffaccel.erasure.kinds import KINDS as KINDS_OF_THINGS
 from diffaccel.erasure.kinds import stand_in
 from diffaccel.errors import DiffaccelError, Unsupported

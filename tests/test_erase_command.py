@@ -11,8 +11,8 @@ from PIL import Image
 from spelling import spelling_folder
 from typer.testing import CliRunner
 
-from diffaccel.cli import app
-from diffaccel.erasure.edit import load_edit
+from diffaccel.cli.app import app
+from diffaccel.edits.edit import load_edit
 from diffaccel.erasure.solve import WeakErasure, erase
 from diffaccel.errors import DiffaccelError
 
@@ -112,7 +112,7 @@ def test_attacks_run_unless_told_otherwise(folder: Path, tmp_path: Path, monkeyp
         asked.update(options)
         raise DiffaccelError("that is enough.")
 
-    monkeypatch.setattr("diffaccel.erasure.edit.Edit.prove", prove)
+    monkeypatch.setattr("diffaccel.edits.edit.Edit.prove", prove)
     result = run("cat", "--method", "uce", "-m", folder, "-o", tmp_path, "--prove")
     assert_refused(result, "That is enough.")
     assert asked["attacks"] == ("closed_form", "gradient", "inversion")

@@ -16,14 +16,14 @@ from tiny_edits import ALL, VALUES, denoiser, mapped, random_edit, same_weights,
 from tiny_text import tiny_text_pipeline
 
 import diffaccel
-from diffaccel import seams
+from diffaccel.edits.apply import applied_edits, apply_edit, remove_edit
+from diffaccel.edits.edit import Edit
+from diffaccel.edits.parts import EditError, TextMap
+from diffaccel.engine import seams
 from diffaccel.erasure import ErasureWarning, UneditedControl
-from diffaccel.erasure.apply import applied_edits, apply_edit, remove_edit
-from diffaccel.erasure.edit import Edit
-from diffaccel.erasure.edit_parts import EditError, TextMap
 from diffaccel.errors import RecipeError, Unsupported
 from diffaccel.methods.erase import Erase
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ("sd", "sdxl", "sd3", "flux-dev", "pixart-sigma")

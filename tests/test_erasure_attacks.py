@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffaccel.erasure import attacks
-from diffaccel.erasure.attacks import Budget, Material, undo_map
-from diffaccel.erasure.learned_words import LearnedWord, occurrences, shorten
-from diffaccel.erasure.recognition import ProofError
-from diffaccel.erasure.recording import (
+from diffaccel.erasure.proof import attacks
+from diffaccel.erasure.proof.attacks import Budget, Material, undo_map
+from diffaccel.erasure.proof.learned_words import LearnedWord, occurrences, shorten
+from diffaccel.erasure.proof.recognition import ProofError
+from diffaccel.erasure.proof.recording import (
     SEQUENCE,
     Drawing,
     Encoding,

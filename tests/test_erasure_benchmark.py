@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import erasure, erasure_measure, erasure_table
 from benchmarks.erasure_tasks import Task, concepts, erased_cases, keep_list, named, pool, shown, tasks, world_prompts
-from diffaccel.erasure.probes import MEANINGS, attributes
+from diffaccel.erasure.proof.probes import MEANINGS, attributes
 from diffaccel.errors import Unsupported
 from diffaccel.miniatures.scenes import COLOUR_WORDS, SHAPE_WORDS, SHAPES, TEXTURE_WORDS
 
@@ -111,9 +111,9 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             layer, weight = kept.pop()
             layer.weight.data = weight
 
-    module = ModuleType("diffaccel.erasure.apply")
+    module = ModuleType("diffaccel.edits.apply")
     module.apply_edit, module.remove_edit = apply_edit, remove_edit  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "diffaccel.erasure.apply", module)
+    monkeypatch.setitem(sys.modules, "diffaccel.edits.apply", module)
     monkeypatch.setattr("diffaccel.erasure.solve.erase", erase)
     return log
 

@@ -8,9 +8,9 @@ from tiny import tiny_pipeline as tiny_unet_pipeline
 from tiny_text import KINDS, LIMIT, clip_tokenizer, encode, t5_tokenizer, tiny_sd_with_wider_text, tiny_text_pipeline
 from tiny_transformers import tiny_pipeline as tiny_transformer_pipeline
 
+from diffaccel.edits.concepts import ErasureError
+from diffaccel.edits.routes import find_routes, leaks, require_encoders
 from diffaccel.erasure.columns import POOLED_SECTION, RowReader, Span, chosen_rows, pair_rows
-from diffaccel.erasure.concepts import ErasureError
-from diffaccel.erasure.routes import find_routes, leaks, require_encoders
 from diffaccel.errors import Unsupported
 
 # "a photo of <two tokens> now" in a sequence of 12 rows, start token first

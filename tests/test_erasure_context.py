@@ -10,7 +10,7 @@ import torch
 import diffaccel
 from diffaccel.erasure import Concept, ErasureError, LostKeep
 from diffaccel.erasure.prompts import sort_prompts
-from diffaccel.erasure.recording import Drawing, draw
+from diffaccel.erasure.proof.recording import Drawing, draw
 from diffaccel.miniatures import load_judge, load_miniature, scenes
 
 CIRCLE = Concept(target="circle", synonyms=(("disc", 1.0),), anchor="square")

@@ -11,10 +11,10 @@ import torch
 from benchmarks import erasure_attacks, erasure_budget, erasure_frontier
 from benchmarks.erasure_measure import Bench
 from benchmarks.erasure_tasks import Task, shown
-from diffaccel.erasure.attacks import Budget
-from diffaccel.erasure.concepts import ErasureError
-from diffaccel.erasure.probes import attributes
-from diffaccel.erasure.recording import Drawing
+from diffaccel.edits.concepts import ErasureError
+from diffaccel.erasure.proof.attacks import Budget
+from diffaccel.erasure.proof.probes import attributes
+from diffaccel.erasure.proof.recording import Drawing
 from diffaccel.erasure.settings import CONTEXTS, settings_of
 from diffaccel.miniatures import load_judge, load_miniature
 

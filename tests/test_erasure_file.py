@@ -16,10 +16,10 @@ import torch
 from tiny import run, tiny_pipeline
 from tiny_edits import random_edit, same_weights, weights_of
 
-from diffaccel.erasure.apply import apply_edit, remove_edit
-from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit, load_edit
-from diffaccel.erasure.edit_parts import EditedModule, EditError, TextMap
+from diffaccel.edits.apply import apply_edit, remove_edit
+from diffaccel.edits.concepts import Concept
+from diffaccel.edits.edit import Edit, load_edit
+from diffaccel.edits.parts import EditedModule, EditError, TextMap
 from diffaccel.errors import DiffaccelError, Unsupported
 
 torch.set_num_threads(1)

@@ -14,13 +14,13 @@ from tiny_edits import random_edit, same_weights, weights_of
 from tiny_text import clip, clip_tokenizer, t5, t5_tokenizer, tiny_text_pipeline
 
 import diffaccel
-from diffaccel import seams
-from diffaccel.cli_erase import _file_name, _lines
+from diffaccel.cli.erase import _file_name, _lines
+from diffaccel.edits.apply import applied_edits
+from diffaccel.engine import seams
 from diffaccel.erasure import EditError, ErasureError
-from diffaccel.erasure.apply import applied_edits
-from diffaccel.erasure.learned_words import LearnedWord, inserted
+from diffaccel.erasure.proof.learned_words import LearnedWord, inserted
 from diffaccel.errors import DiffaccelError, Unsupported
-from diffaccel.methods.guidance_interval import GuidanceInterval
+from diffaccel.methods.guidance.guidance_interval import GuidanceInterval
 
 torch.set_num_threads(1)
 

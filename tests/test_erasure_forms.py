@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.edits.concepts import ErasureError
 from diffaccel.erasure.closed_forms import (
     Columns,
     Hardened,
@@ -31,7 +32,6 @@ from diffaccel.erasure.closed_forms import (
     ridge_for_strength,
     strengths,
 )
-from diffaccel.erasure.concepts import ErasureError
 from diffaccel.erasure.problem import Problem, Scale
 from diffaccel.erasure.settings import SPEED
 from diffaccel.erasure.solvers import SOLVERS

@@ -16,14 +16,13 @@ from spelling import spelling_folder
 from torch import Tensor, nn
 
 import diffaccel.wrapping  # noqa: F401  (whole, before the fixture replaces a part of it)
-from diffaccel.erasure import probes as probing
-from diffaccel.erasure import proof as proving
-from diffaccel.erasure.apply import applied_edits, apply_edit
-from diffaccel.erasure.attacks import Budget
-from diffaccel.erasure.probes import Probe, attributes, other_names, siblings, world_cases, world_probes
-from diffaccel.erasure.proof import prove
-from diffaccel.erasure.proof_result import Proof
-from diffaccel.erasure.recognition import (
+from diffaccel.edits.apply import applied_edits, apply_edit
+from diffaccel.erasure.proof import probes as probing
+from diffaccel.erasure.proof import proving
+from diffaccel.erasure.proof.attacks import Budget
+from diffaccel.erasure.proof.probes import Probe, attributes, other_names, siblings, world_cases, world_probes
+from diffaccel.erasure.proof.proving import prove
+from diffaccel.erasure.proof.recognition import (
     ClassifierRecogniser,
     JudgeRecogniser,
     ProofError,
@@ -31,12 +30,13 @@ from diffaccel.erasure.recognition import (
     reference_features,
     seen,
 )
-from diffaccel.erasure.recording import Drawing, draw
-from diffaccel.erasure.scores import binomial, clip_scores, kernel_distance
+from diffaccel.erasure.proof.recording import Drawing, draw
+from diffaccel.erasure.proof.result import Proof
+from diffaccel.erasure.proof.scores import binomial, clip_scores, kernel_distance
 from diffaccel.erasure.solve import erase
+from diffaccel.files.output import OutputError
+from diffaccel.measure.quality import QualityError
 from diffaccel.miniatures.scenes import Scene, SceneObject
-from diffaccel.output import OutputError
-from diffaccel.quality import QualityError
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "seed": 4, "prompts": 2, "batch_size": 3}
 FAST = Budget(iterations=2, moments=1)
@@ -84,10 +84,10 @@ class Applying:
 
 @pytest.fixture
 def applying(monkeypatch: pytest.MonkeyPatch) -> Applying:
-    found, module = Applying(), ModuleType("diffaccel.erasure.apply")
+    found, module = Applying(), ModuleType("diffaccel.edits.apply")
     for name in ("apply_edit", "remove_edit", "applied_edits"):
         setattr(module, name, getattr(found, name))
-    monkeypatch.setitem(sys.modules, "diffaccel.erasure.apply", module)
+    monkeypatch.setitem(sys.modules, "diffaccel.edits.apply", module)
     return found
 
 
@@ -545,7 +545,7 @@ def test_files(proof: Proof, tmp_path: Path) -> None:
 
 
 def test_the_sheet_shows_the_pictures(proof: Proof) -> None:
-    from diffaccel.erasure.proof_sheet import CELL, GAP, HEAD, MARGIN, TEXT, draw_sheet
+    from diffaccel.erasure.proof.sheet import CELL, GAP, HEAD, MARGIN, TEXT, draw_sheet
 
     sheet = np.asarray(draw_sheet(proof)).astype(float)
     for column, picture in enumerate([proof.before[0], proof.after[0], proof.before[1], proof.after[1]]):

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a script in an empty folder; methods and pipelines that it makes known are forgotten afterwards."""
-    from diffaccel import method
+    from diffaccel.engine import method
     from diffaccel.methods import registry
     from diffaccel.pipelines import diffusion_transformers
 

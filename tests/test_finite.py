@@ -11,13 +11,13 @@ from tiny_transformers import tiny_inputs as transformer_inputs
 from tiny_transformers import tiny_pipeline as tiny_transformer
 
 import diffaccel
-from diffaccel.clock import Clock
-from diffaccel.contest import PLAIN, Contestant, Measurement, broken_notes
-from diffaccel.finite import BrokenPicture, broken_pictures, decoded_pictures, watch_pictures
-from diffaccel.flops import FlopLedger
-from diffaccel.report import refuse_broken
-from diffaccel.run import Run
-from diffaccel.seams import Seams
+from diffaccel.engine.clock import Clock
+from diffaccel.engine.finite import BrokenPicture, broken_pictures, decoded_pictures, watch_pictures
+from diffaccel.engine.flops import FlopLedger
+from diffaccel.engine.report import refuse_broken
+from diffaccel.engine.run import Run
+from diffaccel.engine.seams import Seams
+from diffaccel.measure.runner import PLAIN, Contestant, Measurement, broken_notes
 
 IGNORED = "ignore:invalid value encountered in cast"  # numpy's, when diffusers makes a black picture of NaN
 

@@ -12,12 +12,12 @@ import torch
 from diffusers import HunyuanDiT2DModel, UNet2DConditionModel
 
 from benchmarks.models import SD15_UNET, SDXL_UNET
-from diffaccel.flops import count_flops
-from diffaccel.methods.bypass import Bypass, bypass_unet
-from diffaccel.methods.long_skips import BlockBypass, bypass_blocks
+from diffaccel.engine.flops import count_flops
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.bypass import Bypass, bypass_unet
+from diffaccel.methods.caches.long_skips import BlockBypass, bypass_blocks
 from diffaccel.models.transformers import describe_transformer
 from diffaccel.models.unet import describe_unet
-from diffaccel.seams import Seams
 
 SHARES = {
     "sd15": (SD15_UNET, 64, 401.6, [7.9, 22.4, 38.0, 47.0, 56.4, 67.3, 76.0, 84.8, 94.1]),

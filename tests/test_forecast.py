@@ -13,10 +13,10 @@ from transformer_calls import recorded, repeated
 
 import diffaccel
 from diffaccel import Forecast, SkipCache, Unsupported
-from diffaccel.methods.block_bypass import FeatureStore, bypass_to_norm
-from diffaccel.methods.cache_plan import default_coordinate, noise_position
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.block_bypass import FeatureStore, bypass_to_norm
+from diffaccel.methods.caches.cache_plan import default_coordinate, noise_position
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.seams import Seams
 
 STEPS = 10
 SAME = ("sd3-img2img", "sd3-inpaint", "sd3.5-large", "flux-dev", "flux-img2img", "flux2-klein", "pixart-alpha")
@@ -142,8 +142,8 @@ def test_coordinates():
     assert noise_position(3.0, "flow_time") == 0.75
     assert noise_position(math.inf, "log_sigma") is None
     assert noise_position(math.e, "log_sigma") == pytest.approx(1.0)
-    assert default_coordinate(diffaccel.model_map.describe(tiny_pipeline("sd3"))) == "flow_time"
-    assert default_coordinate(diffaccel.model_map.describe(tiny_pipeline("pixart-sigma"))) == "log_sigma"
+    assert default_coordinate(diffaccel.models.model_map.describe(tiny_pipeline("sd3"))) == "flow_time"
+    assert default_coordinate(diffaccel.models.model_map.describe(tiny_pipeline("pixart-sigma"))) == "log_sigma"
 
 
 # --- runs ---

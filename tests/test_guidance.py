@@ -12,8 +12,8 @@ from tiny import DDIM, KINDS, run, tiny_inputs, tiny_pipeline
 
 import diffaccel
 from diffaccel import AdaptiveGuidance, GuidanceInterval
-from diffaccel.methods.adaptive_guidance import alignment
-from diffaccel.noise import predicted_x0
+from diffaccel.engine.noise import predicted_x0
+from diffaccel.methods.guidance.adaptive_guidance import alignment
 
 
 def slow_loop(pipe, inputs, guided):
@@ -91,7 +91,7 @@ def test_rows_fall_and_rise_again(kind):
     fast = diffaccel.wrap(pipe, GuidanceInterval(high=4.0, low=0.4))
     seen = {"denoiser": [], "controlnet": []}
     pipe.unet.conv_in.register_forward_hook(lambda m, a, o: seen["denoiser"].append(len(o)))
-    for net, _ in diffaccel.model_map.describe(pipe).controlnets:
+    for net, _ in diffaccel.models.model_map.describe(pipe).controlnets:
         net.conv_in.register_forward_hook(lambda m, a, o: seen["controlnet"].append(len(o)))
     run(fast, kind, images=2)
     assert sorted(set(seen["denoiser"])) == [2, 4]

@@ -19,7 +19,7 @@ from kernels_example import row_scale, row_scale_oracle
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel import Unsupported
-from diffaccel.flops import count_flops
+from diffaccel.engine.flops import count_flops
 from diffaccel.kernels import triton_support
 from diffaccel.kernels.registration import recording
 from diffaccel.kernels.triton_support import Tile, force_triton, power_of_two, tiles, tl, triton

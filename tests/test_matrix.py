@@ -38,7 +38,7 @@ from diffaccel import (
     Unsupported,
 )
 from diffaccel.methods import Erase, registry
-from diffaccel.recipe import CONFLICTS
+from diffaccel.recipes.recipe import CONFLICTS
 
 # Settings that act in a run of nine steps. Sizes are given where timings would decide, so that nothing depends on load.
 METHODS = {

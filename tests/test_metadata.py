@@ -6,8 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from diffaccel import metadata
-from diffaccel.metadata import Generation, MetadataError, parse_parameters, png_info, read
+from diffaccel.files import metadata
+from diffaccel.files.metadata import Generation, MetadataError, parse_parameters, png_info, read
 
 ODD_PROMPTS = [
     "a red square",

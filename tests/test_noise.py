@@ -16,8 +16,8 @@ from diffusers import schedulers
 from tiny import run, tiny_inputs, tiny_pipeline
 
 import diffaccel
-from diffaccel.clock import Clock
-from diffaccel.noise import edm_sigma, flow_to_edm, vp_sigma
+from diffaccel.engine.clock import Clock
+from diffaccel.engine.noise import edm_sigma, flow_to_edm, vp_sigma
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -18,7 +18,7 @@ from tiny_text import clip, clip_tokenizer, tiny_text_pipeline
 import diffaccel
 from diffaccel import GuidanceInterval, NormalizedAttentionGuidance, RegionSampling, SkipCache, SparseCrossAttention
 from diffaccel.errors import RecipeError, Unsupported
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 NAG = NormalizedAttentionGuidance
 STRONG: dict[str, Any] = {"scale": 4.0, "tau": 1.5, "alpha": 0.6}

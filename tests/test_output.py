@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from diffaccel.output import OutputError, OutputFolder, safe_name, write_file, write_text
+from diffaccel.files.output import OutputError, OutputFolder, safe_name, write_file, write_text
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 def test_full_disk_leaves_nothing(tmp_path):
     """A real refusal by the system: the process may write files of 1,000 bytes at most."""
     script = f"""
-        import resource, pathlib, diffaccel.output as output
+        import resource, pathlib, diffaccel.files.output as output
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             output.write_file(pathlib.Path({str(tmp_path)!r}) / "x.png", lambda file: file.write(bytes(5000)))

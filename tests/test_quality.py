@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 
-from diffaccel.quality import (
+from diffaccel.measure.quality import (
     QualityError,
     bootstrap,
     frechet_distance,

@@ -30,7 +30,7 @@ def blocks(language):
 @pytest.fixture
 def own_registry(monkeypatch):
     """Methods that a page registers are forgotten afterwards."""
-    from diffaccel import method
+    from diffaccel.engine import method
     from diffaccel.methods import registry
 
     monkeypatch.setattr(method, "REGISTERED", registry())
@@ -55,8 +55,8 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, own_registry):
 @pytest.mark.parametrize("code", blocks("json"))
 def test_json_blocks_are_recipes_or_concept_files(code, tmp_path):
     from diffaccel import Recipe
+    from diffaccel.edits.concepts import settle
     from diffaccel.erasure import read_concepts
-    from diffaccel.erasure.concepts import settle
 
     file = tmp_path / "block.json"
     file.write_text(code)
@@ -98,7 +98,7 @@ def test_shell_blocks_name_what_exists(code, tmp_path, monkeypatch):
 def parses(words):
     from typer.main import get_command
 
-    from diffaccel.cli import app
+    from diffaccel.cli.app import app
 
     group = get_command(app)
     name, command, rest = group.resolve_command(group.make_context("diffaccel", [], resilient_parsing=True), words)
@@ -127,4 +127,4 @@ def is_script(words):
 def launches(words):
     """`accelerate launch [options] --module diffaccel ...` or a script of ours."""
     assert words[0] == "launch"
-    assert any((ROOT / word).exists() or word in ("diffaccel", "diffaccel.cli") for word in words[1:])
+    assert any((ROOT / word).exists() or word in ("diffaccel", "diffaccel.cli.app") for word in words[1:])

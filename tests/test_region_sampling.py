@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 import diffaccel
 from diffaccel import AdaptiveGuidance, GuidanceInterval, RegionSampling
+from diffaccel.engine.seams import Seams
 from diffaccel.errors import RecipeError, Unsupported
-from diffaccel.methods.regions_history import History
-from diffaccel.methods.regions_select import active_count, flat_index, gather_rows, longest_wait, select, split_cells
-from diffaccel.methods.regions_tokens import Pass, Stored, TokenGate
+from diffaccel.methods.regions.history import History
+from diffaccel.methods.regions.select import active_count, flat_index, gather_rows, longest_wait, select, split_cells
+from diffaccel.methods.regions.tokens import Pass, Stored, TokenGate
 from diffaccel.models.regions import region_facts
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.seams import Seams
 
 WORKS = (
     "sd3",

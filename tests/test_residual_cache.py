@@ -13,9 +13,9 @@ from transformer_calls import recorded, repeated
 
 import diffaccel
 from diffaccel import AdaptiveGuidance, GuidanceInterval, ResidualCache, Unsupported
-from diffaccel.methods.block_bypass import ResidualStore, bypass_part, check_part
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.block_bypass import ResidualStore, bypass_part, check_part
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.seams import Seams
 
 STEPS = 10
 SAME = ("sd3-img2img", "sd3-inpaint", "sd3.5-large", "flux-dev", "flux-img2img", "flux2-klein", "pixart-alpha")

@@ -14,9 +14,9 @@ from tiny_transformers import tiny_pipeline
 
 import diffaccel
 from diffaccel import SkipCache, Unsupported
-from diffaccel.methods.long_skips import BlockBypass, bypass_blocks
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.long_skips import BlockBypass, bypass_blocks
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.seams import Seams
 from training.skip_branches import Example, Recorder, Runs, Student, draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # inside diffusers

@@ -9,10 +9,10 @@ from tiny import KINDS, run, tiny_inputs, tiny_pipeline, tiny_unet
 
 import diffaccel
 from diffaccel import SkipCache
-from diffaccel.methods.bypass import Bypass, Feature, bypass_unet
-from diffaccel.methods.cache_plan import full_evaluations
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.bypass import Bypass, Feature, bypass_unet
+from diffaccel.methods.caches.cache_plan import full_evaluations
 from diffaccel.models.unet import describe_unet
-from diffaccel.seams import Seams
 
 DEPTHS = range(9)  # of the tiny UNets: conv_in, three levels of two layers, two downsamplers
 
@@ -158,7 +158,7 @@ def test_cached_evaluations_skip_the_deep_blocks(kind):
 
     pipe.unet.conv_in.register_forward_hook(counter("conv_in"))
     pipe.unet.mid_block.resnets[0].register_forward_hook(counter("mid"))
-    nets = [net for net, _ in diffaccel.model_map.describe(pipe).controlnets]
+    nets = [net for net, _ in diffaccel.models.model_map.describe(pipe).controlnets]
     for net in nets:
         net.mid_block.resnets[0].register_forward_hook(counter("controlnet mid"))
     run(fast, kind, steps=12)
@@ -175,12 +175,12 @@ def test_early_exit_of_the_controlnet_changes_nothing():
     pipe = tiny_pipeline("controlnet")
     short = run(diffaccel.wrap(pipe, SkipCache(depth=3)), "controlnet")
     fast = diffaccel.wrap(pipe, SkipCache(depth=3))
-    real = diffaccel.methods.skip_cache.bypass_controlnet
-    diffaccel.methods.skip_cache.bypass_controlnet = lambda *_: None
+    real = diffaccel.methods.caches.skip_cache.bypass_controlnet
+    diffaccel.methods.caches.skip_cache.bypass_controlnet = lambda *_: None
     try:
         whole = run(fast, "controlnet")
     finally:
-        diffaccel.methods.skip_cache.bypass_controlnet = real
+        diffaccel.methods.caches.skip_cache.bypass_controlnet = real
     assert torch.equal(short, whole)
 
 
@@ -327,8 +327,8 @@ def test_stored_tensors_are_one_per_lane():
 
 
 def test_scheduler_config_is_not_needed_for_depth_defaults():
-    assert SkipCache().depth_for(diffaccel.model_map.describe(tiny_pipeline("sd"))) == 0
-    assert SkipCache().depth_for(diffaccel.model_map.describe(tiny_pipeline("sdxl"))) == 2
+    assert SkipCache().depth_for(diffaccel.models.model_map.describe(tiny_pipeline("sd"))) == 0
+    assert SkipCache().depth_for(diffaccel.models.model_map.describe(tiny_pipeline("sdxl"))) == 2
 
 
 def test_features_survive_the_end_of_adaptive_guidance():

@@ -18,10 +18,10 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 import diffaccel
 from diffaccel import SkipCache
-from diffaccel.flops import count_flops
-from diffaccel.methods.long_skips import BlockBypass, bypass_blocks, bypass_control, usable_pairs
+from diffaccel.engine.flops import count_flops
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.long_skips import BlockBypass, bypass_blocks, bypass_control, usable_pairs
 from diffaccel.models.transformers import describe_control, describe_transformer
-from diffaccel.seams import Seams
 
 BLOCKS = 8
 DEPTHS = range(1, BLOCKS // 2)
@@ -257,7 +257,7 @@ def test_cached_evaluations_skip_the_inner_blocks(nets, depth):
     pipe = tiny_pipeline(nets)
     plain = run(pipe, nets=nets)
     fast = diffaccel.wrap(pipe, SkipCache(interval=3, depth=depth))
-    control = [net for net, _ in diffaccel.model_map.describe(pipe).controlnets]
+    control = [net for net, _ in diffaccel.models.model_map.describe(pipe).controlnets]
     ran = [0] * BLOCKS
     ran_control = [0] * (BLOCKS // 2 - 1)
 
@@ -290,7 +290,7 @@ def test_cached_evaluations_skip_the_inner_blocks(nets, depth):
 @pytest.mark.parametrize("nets", [1, 2])
 def test_early_exit_of_the_controlnet_changes_nothing(nets, monkeypatch):
     short = run(diffaccel.wrap(tiny_pipeline(nets), SkipCache(depth=2)), nets=nets)
-    monkeypatch.setattr("diffaccel.methods.skip_cache.bypass_control", lambda *_: None)
+    monkeypatch.setattr("diffaccel.methods.caches.skip_cache.bypass_control", lambda *_: None)
     whole = run(diffaccel.wrap(tiny_pipeline(nets), SkipCache(depth=2)), nets=nets)
     assert torch.equal(short, whole)
 
@@ -370,7 +370,7 @@ def test_a_depth_that_does_not_exist_is_refused(depth):
 
 
 def test_the_default_keeps_the_outermost_pair():
-    assert SkipCache().depth_for(diffaccel.model_map.describe(tiny_pipeline())) == 1
+    assert SkipCache().depth_for(diffaccel.models.model_map.describe(tiny_pipeline())) == 1
 
 
 def test_transformers_without_long_skips_are_refused():

@@ -24,7 +24,7 @@ from diffaccel import (
 )
 from diffaccel.kernels.block_selection import select_blocks_oracle, token_blocks
 from diffaccel.kernels.triton_support import force_triton
-from diffaccel.methods import sparse_attention
+from diffaccel.methods.attention import sparse_attention
 
 GRID = (12, 12)  # 2 blocks of queries and 3 of keys, the last ones not full
 SHAPE = {"size": (24, 24), "steps": 5}

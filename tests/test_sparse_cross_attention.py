@@ -18,8 +18,8 @@ import diffaccel
 from diffaccel import GuidanceInterval, SkipCache, SparseCrossAttention
 from diffaccel.errors import RecipeError, Unsupported
 from diffaccel.kernels.sparse_softmax import extra_flops
-from diffaccel.methods.sparse_cross_attention import _key_bias
-from diffaccel.recipe import Recipe
+from diffaccel.methods.attention.sparse_cross_attention import _key_bias
+from diffaccel.recipes.recipe import Recipe
 
 KINDS = ("sd", "sdxl", "controlnet", "pixart-alpha", "pixart-sigma", "sana", "hunyuan")
 STEPS = 4

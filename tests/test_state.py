@@ -599,7 +599,7 @@ def test_a_refusal_inside_a_call_takes_the_pipelines_processors_back():
 
 
 def test_controlnets_that_cannot_stop_early_are_not_counted(monkeypatch):
-    monkeypatch.setattr("diffaccel.model_map.describe_controlnet", lambda net: None)
+    monkeypatch.setattr("diffaccel.models.model_map.describe_controlnet", lambda net: None)
     fast = diffaccel.wrap(tiny_pipeline("controlnet"), SkipCache(interval=3))
     fast(**tiny_inputs("controlnet", steps=STEPS))
     assert "skip_cache: ControlNetModel always runs whole." in fast.report.notes

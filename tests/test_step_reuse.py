@@ -23,8 +23,8 @@ from diffusers import (
 
 import diffaccel
 from diffaccel import AdaptiveGuidance, GuidanceInterval, StepReuse, Unsupported
-from diffaccel.methods.step_reuse import _Reuse, _Track, mean_move, moves_evenly
-from diffaccel.noise import adds_noise
+from diffaccel.engine.noise import adds_noise
+from diffaccel.methods.steps.step_reuse import _Reuse, _Track, mean_move, moves_evenly
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALWAYS = 1e9  # a threshold that every image meets
@@ -340,7 +340,7 @@ def test_skip_layer_guidance_is_computed_when_it_is_new():
 def test_controlnets_rest_with_the_network(kind):
     """They run for the images that are computed, and the pictures are those of ControlNets that always run."""
     pipe = pipeline(kind)
-    nets = [net for net, _ in diffaccel.model_map.describe(pipe).controlnets]
+    nets = [net for net, _ in diffaccel.models.model_map.describe(pipe).controlnets]
     ran = []
     for net in nets:
         first = next(m for m in net.modules() if isinstance(m, torch.nn.Linear))
@@ -404,7 +404,7 @@ def test_second_run_abort_and_restore(kind):
     stock = picture(pipe, kind, steps=10, **size)
     got = picture(fast, kind, steps=10, **size)
     assert not torch.equal(got, stock)
-    network = diffaccel.model_map.describe(pipe).denoiser
+    network = diffaccel.models.model_map.describe(pipe).denoiser
     left = [7]
 
     def stop(module, args, kwargs):

@@ -23,7 +23,7 @@ from tiny_transformers import tiny_pipeline as tiny_transformer
 
 import diffaccel
 from diffaccel import SkipCache, StepSchedule, Unsupported
-from diffaccel.methods.step_schedule import interpolate_timesteps, published_timesteps
+from diffaccel.methods.schedule.step_schedule import interpolate_timesteps, published_timesteps
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

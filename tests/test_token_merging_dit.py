@@ -12,9 +12,9 @@ from tiny_transformers import KINDS, run, tiny_pipeline
 
 import diffaccel
 from diffaccel import GuidanceInterval, RegionSampling, TokenMerging, Unsupported
-from diffaccel.methods import token_matchers
-from diffaccel.methods.token_maps import SlotMap
-from diffaccel.methods.token_matchers import Grid, cluster, tiles, window_destinations
+from diffaccel.methods.tokens import token_matchers
+from diffaccel.methods.tokens.token_maps import SlotMap
+from diffaccel.methods.tokens.token_matchers import Grid, cluster, tiles, window_destinations
 
 MERGED = ("sd3.5-medium", "sd3-controlnet", "flux-dev", "flux-cfg", "pixart-sigma")
 STEPS, SIZE = 3, (8, 12)
@@ -239,7 +239,7 @@ def test_a_measured_plan_leaves_losing_blocks_alone(monkeypatch):
     pipe = tiny_pipeline("sd3.5-medium")
     fast = diffaccel.wrap(pipe, TokenMerging())
     seconds = iter([1.0, 1.0, 9.0, 1.0, 5.0, 4.0])  # preparation, shortened, dense of each kind
-    monkeypatch.setattr("diffaccel.methods.token_blocks.median_seconds", lambda *_: next(seconds))
+    monkeypatch.setattr("diffaccel.methods.tokens.token_blocks.median_seconds", lambda *_: next(seconds))
     run(fast, "sd3.5-medium", steps=2)
     counts = fast.report.methods["token_merging"]
     assert counts["attentions shortened"] == 2

@@ -9,12 +9,12 @@ from tiny import KINDS, run, tiny_pipeline
 
 import diffaccel
 from diffaccel import TokenDownsampling, TokenMerging, Unsupported
-from diffaccel.call import Call
-from diffaccel.methods.token_downsampling import average_tokens, nearest_tokens
-from diffaccel.methods.token_maps import SlotMap, matched_map
-from diffaccel.methods.token_matchers import guidance_importance, important_destinations, window_destinations
-from diffaccel.methods.tokens import Verdict, grid, measuring_device, median_seconds
-from diffaccel.model_map import describe
+from diffaccel.methods.tokens.sites import Verdict, grid, measuring_device, median_seconds
+from diffaccel.methods.tokens.token_downsampling import average_tokens, nearest_tokens
+from diffaccel.methods.tokens.token_maps import SlotMap, matched_map
+from diffaccel.methods.tokens.token_matchers import guidance_importance, important_destinations, window_destinations
+from diffaccel.models.call import Call
+from diffaccel.models.model_map import describe
 
 GRIDS = [(8, 8), (6, 10), (7, 5), (2, 2)]
 
@@ -215,14 +215,14 @@ def test_measured_plan_leaves_losing_blocks_alone():
     pipe = tiny_pipeline("sd")
     fast = diffaccel.wrap(pipe, TokenMerging(ratio=0.5))
     seconds = iter([1.0, 3.0, 2.0, 1.0, 1.0, 9.0, 0.0, 5.0, 4.0])  # preparation, shortened, dense per level
-    real = diffaccel.methods.tokens.median_seconds
-    diffaccel.methods.tokens.median_seconds = lambda *_: next(seconds)
+    real = diffaccel.methods.tokens.sites.median_seconds
+    diffaccel.methods.tokens.sites.median_seconds = lambda *_: next(seconds)
     try:
         run(fast, "sd")
         first = fast.report
         run(fast, "sd")  # nothing is timed again: the list above is used up
     finally:
-        diffaccel.methods.tokens.median_seconds = real
+        diffaccel.methods.tokens.sites.median_seconds = real
     assert first.methods["token_merging"]["tokens shortened"] == "[64]"
     assert sum("left alone" in note for note in first.notes) == 2
     assert fast.report.methods == first.methods

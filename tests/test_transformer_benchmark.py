@@ -12,7 +12,7 @@ from diffusers import FirstBlockCacheConfig
 from tiny_transformers import run, tiny_pipeline
 
 from benchmarks import dit, dit_models, peers, timing
-from diffaccel.bench import Spread
+from diffaccel.measure.timing import Spread
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 TINY: dict[str, dict[str, Any]] = {

@@ -25,11 +25,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
 from diffaccel import GuidanceInterval, Recipe, TokenDownsampling, Unsupported, doctor
-from diffaccel.cli import app
-from diffaccel.contest import Runner
-from diffaccel.contest import Settings as ContestSettings
+from diffaccel.cli.app import app
 from diffaccel.generate import GenerateError, Job, Settings, call_arguments, check_size
 from diffaccel.loading import LoadError, load_pipeline, set_scheduler
+from diffaccel.measure.runner import Runner
+from diffaccel.measure.runner import Settings as ContestSettings
 
 FEWER = Recipe(
     name="both kinds",
@@ -153,7 +153,7 @@ def test_doctor(sd3_folder):
 def test_doctor_asks_the_methods_that_would_run(sd3, monkeypatch):
     """A recipe for both kinds of denoisers is judged by its methods for transformers."""
     wrong = Recipe(name="wrong", methods=(GuidanceInterval(low=0.5),), transformer_methods=(TokenDownsampling(),))
-    monkeypatch.setattr("diffaccel.pipelines.presets.presets", lambda: {"both kinds": FEWER, "wrong": wrong})
+    monkeypatch.setattr("diffaccel.recipes.presets.presets", lambda: {"both kinds": FEWER, "wrong": wrong})
     found = {check.name: check for check in doctor.check_pipeline(sd3).presets}
     assert found["both kinds"].applies
     assert "token_downsampling works on UNets" in found["wrong"].reason

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit
-from diffaccel.erasure.edit_parts import EditedModule, TextMap
-from diffaccel.erasure.routes import find_routes
+from diffaccel.edits.concepts import Concept
+from diffaccel.edits.edit import Edit
+from diffaccel.edits.parts import EditedModule, TextMap
+from diffaccel.edits.routes import find_routes
 
 VALUES = ("value", "both")
 ALL = ("key", *VALUES)

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import diffaccel
 from diffaccel import ResidualCache, SkipCache
-from diffaccel.method import Method
-from diffaccel.methods.bypass import Feature
-from diffaccel.methods.long_skips import BlockBypass, bypass_blocks
+from diffaccel.engine.method import Method
+from diffaccel.engine.seams import Seams
+from diffaccel.measure.quality import mean_psnr, psnr
+from diffaccel.methods.caches.bypass import Feature
+from diffaccel.methods.caches.long_skips import BlockBypass, bypass_blocks
 from diffaccel.miniatures import miniature_path
 from diffaccel.miniatures.scenes import caption, held_out_prompts, training_scene
 from diffaccel.models.transformers import describe_transformer
-from diffaccel.quality import mean_psnr, psnr
-from diffaccel.seams import Seams
 from training.common import Trainee, load_checkpoint, run_script, save_atomically, write_json
 from training.evaluate import load_pipeline
 

@@ -13,11 +13,11 @@ from diffaccel.batch.arguments import converted, possible_arguments
 from diffaccel.batch.fields import Row, is_prompt
 from diffaccel.batch.plan import BatchPlan, Group
 from diffaccel.batch.settings import BatchError, RowProblem
+from diffaccel.engine.report import Report, refuse_broken
 from diffaccel.errors import DiffaccelError
+from diffaccel.files.metadata import Generation
 from diffaccel.generate import Job, Settings, call_arguments, check_size, check_steps, describe_picture
-from diffaccel.metadata import Generation
-from diffaccel.recipe import Recipe
-from diffaccel.report import Report, refuse_broken
+from diffaccel.recipes.recipe import Recipe
 from diffaccel.wrapping import AcceleratedPipeline, wrap
 
 

@@ -25,7 +25,7 @@ from diffaccel.batch.settings import BatchError, BatchFailure, BatchProgress, Ba
 from diffaccel.batch.state import Saved, Store
 from diffaccel.batch.tally import Tally
 from diffaccel.batch.writer import Made, Writer
-from diffaccel.output import OutputError
+from diffaccel.files.output import OutputError
 
 OnProgress = Callable[[BatchProgress], None]
 

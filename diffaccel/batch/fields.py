@@ -15,10 +15,10 @@ from typing import Any
 from diffaccel.batch.names import checked_name, default_name, folded
 from diffaccel.batch.rows import RawRow
 from diffaccel.batch.settings import BatchSettings, RowProblem
+from diffaccel.engine.method import Method
 from diffaccel.errors import RecipeError
-from diffaccel.method import Method
-from diffaccel.pipelines.presets import presets
-from diffaccel.recipe import Recipe, each_once
+from diffaccel.recipes.presets import presets
+from diffaccel.recipes.recipe import Recipe, each_once
 
 COLUMNS = ("prompt", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "recipe", "name")
 # Call arguments that the batch sets itself, and what to write instead.

@@ -20,7 +20,7 @@ from diffaccel.batch.sheet import MOST, draw_sheet, small
 from diffaccel.batch.state import Store, sync_folder
 from diffaccel.batch.strangers import foreign_members
 from diffaccel.batch.tally import Tally
-from diffaccel.output import OutputError
+from diffaccel.files.output import OutputError
 
 
 class Finisher:

@@ -10,8 +10,8 @@ from typing import Any
 from diffaccel.batch.calls import Caller
 from diffaccel.batch.fields import Row
 from diffaccel.batch.settings import BatchFailure
+from diffaccel.engine.report import Report
 from diffaccel.errors import DiffaccelError
-from diffaccel.report import Report
 
 log = logging.getLogger("diffaccel.batch")
 

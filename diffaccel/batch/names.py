@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from diffaccel.output import safe_name
+from diffaccel.files.output import safe_name
 
 LONGEST = 180  # bytes; with extension and temporary name still under the 255 that file systems allow
 SUFFIXES = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffaccel.metadata import Generation, png_info
+from diffaccel.files.metadata import Generation, png_info
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
@@ -17,7 +17,7 @@ def encode(image: Image.Image, picture_format: str, quality: int, generation: Ge
 
     Args:
         quality: of JPEG and WebP; WebP at 100 is lossless.
-        generation: what the picture says about itself; None writes no text. PNG: both chunks of `diffaccel.metadata`;
+        generation: what the picture says about itself; None writes no text. PNG: both chunks of `diffaccel.files.metadata`;
             JPEG and WebP: the A1111 text as EXIF UserComment.
     Raises:
         ValueError: the text does not fit into the format (JPEG: 64 kB).

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from diffaccel.batch.fields import KEY_LENGTH, Row, is_prompt
 from diffaccel.batch.settings import BatchSettings, RowProblem
 from diffaccel.batch.state import Store
-from diffaccel.recipe import Recipe
+from diffaccel.recipes.recipe import Recipe
 
 Change = Literal["new", "same", "extend", "overwrite"]
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.batch.settings import BatchError, RowProblem
-from diffaccel.text_files import read_text
+from diffaccel.files.text import read_text
 
 RawRow = Mapping[str, Any]
 

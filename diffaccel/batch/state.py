@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffaccel.batch.settings import BatchError
-from diffaccel.output import OutputError
+from diffaccel.files.output import OutputError
 
 HOME = ".diffaccel"
 SCHEMA = 1

@@ -15,7 +15,7 @@ from diffaccel.batch.pictures import encode
 from diffaccel.batch.plan import BatchPlan, record_key
 from diffaccel.batch.settings import BatchFailure
 from diffaccel.batch.state import Journal, Store, sync_folder
-from diffaccel.report import Report
+from diffaccel.engine.report import Report
 
 WAITING = 4  # results held in memory at most
 

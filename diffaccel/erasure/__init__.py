@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffaccel.erasure.apply import applied_edits as applied_edits
-from diffaccel.erasure.apply import apply_edit as apply_edit
-from diffaccel.erasure.apply import remove_edit as remove_edit
-from diffaccel.erasure.concepts import Concept as Concept
-from diffaccel.erasure.concepts import ConceptList as ConceptList
-from diffaccel.erasure.concepts import ErasureError as ErasureError
-from diffaccel.erasure.concepts import ErasureWarning as ErasureWarning
-from diffaccel.erasure.concepts import LostKeep as LostKeep
-from diffaccel.erasure.concepts import UneditedControl as UneditedControl
-from diffaccel.erasure.concepts import WeakErasure as WeakErasure
-from diffaccel.erasure.concepts import read_concepts as read_concepts
-from diffaccel.erasure.edit import Edit as Edit
-from diffaccel.erasure.edit import load_edit as load_edit
-from diffaccel.erasure.edit import provide
-from diffaccel.erasure.edit_parts import EditError as EditError
-from diffaccel.erasure.effect import Effect as Effect
+from diffaccel.edits.apply import applied_edits as applied_edits
+from diffaccel.edits.apply import apply_edit as apply_edit
+from diffaccel.edits.apply import remove_edit as remove_edit
+from diffaccel.edits.concepts import Concept as Concept
+from diffaccel.edits.concepts import ConceptList as ConceptList
+from diffaccel.edits.concepts import ErasureError as ErasureError
+from diffaccel.edits.concepts import ErasureWarning as ErasureWarning
+from diffaccel.edits.concepts import LostKeep as LostKeep
+from diffaccel.edits.concepts import UneditedControl as UneditedControl
+from diffaccel.edits.concepts import WeakErasure as WeakErasure
+from diffaccel.edits.concepts import read_concepts as read_concepts
+from diffaccel.edits.edit import Edit as Edit
+from diffaccel.edits.edit import load_edit as load_edit
+from diffaccel.edits.edit import provide
+from diffaccel.edits.effect import Effect as Effect
+from diffaccel.edits.parts import EditError as EditError
 from diffaccel.erasure.look import look_at
 from diffaccel.erasure.settings import MACE as MACE
 from diffaccel.erasure.settings import RECE as RECE
@@ -31,7 +31,7 @@ from diffaccel.erasure.solve import erase as erase
 
 
 def _prove(pipe: Any, edit: Edit, **options: Any) -> Any:
-    from diffaccel.erasure.proof import prove  # noqa: PLC0415  (drawing is not needed to make or apply an edit)
+    from diffaccel.erasure.proof.proving import prove  # noqa: PLC0415  (drawing is not needed to make or apply an edit)
 
     return prove(pipe, edit, **options)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.edits.concepts import Concept
+from diffaccel.edits.routes import Route
 from diffaccel.erasure import closed_forms as forms
 from diffaccel.erasure.closed_forms import Columns
 from diffaccel.erasure.columns import POOLED_SECTION, Key, Policy, RowReader, chosen_rows, pair_rows
-from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.routes import Route
 from diffaccel.erasure.settings import RECE, Context, Settings
 
 MOST_NAMED, LONGEST_PHRASE = 100, 3  # keeps that stand in further sentences; a thousand would cost minutes

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffaccel.erasure.concepts import ErasureError
-from diffaccel.erasure.routes import Route, sections
+from diffaccel.edits.concepts import ErasureError
+from diffaccel.edits.routes import Route, sections
 from diffaccel.errors import Unsupported
 from diffaccel.models.text_routes import Source
 

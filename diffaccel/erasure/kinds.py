@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from diffaccel.erasure.concepts import mentions, singular_words
+from diffaccel.edits.concepts import mentions, singular_words
 
 # names of one thing are joined by "/"; things of a kind are separated by commas
 _KINDS = {

@@ -2,7 +2,7 @@
 
 For each concept a sentence that no method is solved on. The network predicts for it, for the same sentence with the anchor,
 and for it again under the edit; the share of the way from the first to the second says whether the edit acts, before
-anybody draws. It is no proof: see `diffaccel.erasure.proof`.
+anybody draws. It is no proof: see `diffaccel.erasure.proof.proving`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.erasure.concepts import Concept
-from diffaccel.erasure.edit import Edit
-from diffaccel.erasure.effect import STEPS, Effect
-from diffaccel.erasure.null_drift import predict
-from diffaccel.erasure.recording import Drawing, encode, record
-from diffaccel.erasure.scope import untouched, without_edit
+from diffaccel.edits.concepts import Concept
+from diffaccel.edits.edit import Edit
+from diffaccel.edits.effect import STEPS, Effect
+from diffaccel.erasure.proof.null_drift import predict
+from diffaccel.erasure.proof.recording import Drawing, encode, record
+from diffaccel.erasure.proof.scope import untouched, without_edit
 
 SENTENCE = "a picture of one {}"
 MOST_CONCEPTS, MOST_KEEPS = 3, 2

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.erasure.applied import base_weight
+from diffaccel.edits.applied import base_weight
+from diffaccel.edits.routes import Projection
 from diffaccel.erasure.closed_forms import Columns, LowRank
-from diffaccel.erasure.routes import Projection
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffaccel.erasure.concepts import Concept, ErasureError, listed, mentions, one_text
+from diffaccel.edits.concepts import Concept, ErasureError, listed, mentions, one_text
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from diffaccel.erasure import closed_forms as forms
-from diffaccel.erasure.closed_forms import Columns, LowRank
-from diffaccel.erasure.collect import Collected, Protected, collect
-from diffaccel.erasure.concepts import (
+from diffaccel.edits.concepts import (
     Concept,
     ConceptList,
     ErasureError,
@@ -27,15 +24,18 @@ from diffaccel.erasure.concepts import (
     mentions,
     settle,
 )
-from diffaccel.erasure.edit import Edit
-from diffaccel.erasure.edit_parts import EditedModule, TextMap
-from diffaccel.erasure.effect import Effect, way
+from diffaccel.edits.edit import Edit
+from diffaccel.edits.effect import Effect, way
+from diffaccel.edits.parts import EditedModule, TextMap
+from diffaccel.edits.routes import Projection, Route, find_routes, leaks, require_encoders
+from diffaccel.erasure import closed_forms as forms
+from diffaccel.erasure.closed_forms import Columns, LowRank
+from diffaccel.erasure.collect import Collected, Protected, collect
 from diffaccel.erasure.general import GENERAL
 from diffaccel.erasure.kinds import siblings, stand_in
 from diffaccel.erasure.look import look_at
 from diffaccel.erasure.problem import Problem, Scale, base_of
 from diffaccel.erasure.prompts import sort_prompts
-from diffaccel.erasure.routes import Projection, Route, find_routes, leaks, require_encoders
 from diffaccel.erasure.settings import Context, Settings, settings_of
 from diffaccel.erasure.solvers import SOLVERS
 from diffaccel.errors import Unsupported

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.edits.concepts import ErasureError
 from diffaccel.erasure import closed_forms as forms
 from diffaccel.erasure.closed_forms import Columns, LowRank
-from diffaccel.erasure.concepts import ErasureError
 from diffaccel.erasure.problem import Problem
 from diffaccel.erasure.settings import MACE, RECE, SPEED, UCE, Context, Settings
 

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
-from diffaccel.erasure.apply import check_fit
-from diffaccel.erasure.edit import Edit, load_edit
-from diffaccel.erasure.live import (
+from diffaccel.edits.apply import check_fit
+from diffaccel.edits.edit import Edit, load_edit
+from diffaccel.edits.live import (
     FusedMaps,
     LowRank,
     Site,
@@ -31,12 +31,12 @@ from diffaccel.erasure.live import (
     sites,
     unwrapped,
 )
-from diffaccel.erasure.routes import CONTROL
+from diffaccel.edits.routes import CONTROL
+from diffaccel.engine.method import Method, register
+from diffaccel.engine.run import Layer, Run
+from diffaccel.engine.seams import Seams
 from diffaccel.errors import RecipeError
-from diffaccel.method import Method, register
-from diffaccel.model_map import ModelMap
-from diffaccel.run import Layer, Run
-from diffaccel.seams import Seams
+from diffaccel.models.model_map import ModelMap
 
 
 @register

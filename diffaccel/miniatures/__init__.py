@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from diffaccel.model_folder import absent_parts
+from diffaccel.files.model_folder import absent_parts
 
 if TYPE_CHECKING:
     import torch

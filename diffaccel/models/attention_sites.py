@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
+from diffaccel.models.compiled import is_compiled
 
 Text = Literal["none", "before", "after"]
 Grid = Callable[[Any, Mapping[str, Any]], tuple[int, int]]

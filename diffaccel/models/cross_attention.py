@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from diffaccel.call import Call
 from diffaccel.errors import Unsupported
+from diffaccel.models.call import Call
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.models.unet import UNetLayout
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from diffaccel.call import Call
-from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
+from diffaccel.models.call import Call
+from diffaccel.models.compiled import is_compiled
 from diffaccel.models.transformers import describe_transformer
 
 Bias = Literal["rows", "heads", "none"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffaccel.compiled import is_compiled
 from diffaccel.errors import Unsupported
+from diffaccel.models.compiled import is_compiled
 
 Table = tuple[torch.Tensor, ...]  # position table: tensors with one row per token
 

@@ -160,7 +160,7 @@ def describe_control(net: nn.Module) -> ControlLayout | None:
 
 
 def _attached_branches(network: nn.Module) -> tuple[nn.Module, ...]:
-    """Skip branches that the user attached, from the outside in (diffaccel/skip_branches.py)."""
+    """Skip branches that the user attached, from the outside in (diffaccel/methods/caches/skip_branches.py)."""
     branches: Any = getattr(network, ATTACHED_BRANCHES, ())
     return tuple(branches)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import diffaccel
 from diffaccel import Recipe, SkipCache
-from diffaccel.compare import compare
+from diffaccel.measure.compare import compare
 from diffaccel.miniatures.scenes import held_out_prompts
 
 pipe = diffaccel.load_miniature("shapes-sd")

@@ -6,12 +6,12 @@ from pydantic import Field
 
 import diffaccel
 from diffaccel import Recipe
-from diffaccel.call import Call
-from diffaccel.method import Method, register
-from diffaccel.methods.cache_plan import Seen
-from diffaccel.model_map import ModelMap
-from diffaccel.run import Layer, Proceed, Run
-from diffaccel.seams import Seams
+from diffaccel.engine.method import Method, register
+from diffaccel.engine.run import Layer, Proceed, Run
+from diffaccel.engine.seams import Seams
+from diffaccel.methods.caches.cache_plan import Seen
+from diffaccel.models.call import Call
+from diffaccel.models.model_map import ModelMap
 
 
 @register

@@ -1,0 +1,3 @@
+"""The `diffaccel` command: one file per group of commands."""
+
+from diffaccel.cli.app import main as main

@@ -1,0 +1,1 @@
+"""The proof of an edit: pictures before and after, attacks, scores and their sheet."""

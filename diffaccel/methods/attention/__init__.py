@@ -1,0 +1,1 @@
+"""What attends to what: sparse patterns, and attention to the text."""

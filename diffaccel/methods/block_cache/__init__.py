@@ -1,0 +1,1 @@
+"""The caches that diffusers and cache-dit ship, configured, counted and restored."""

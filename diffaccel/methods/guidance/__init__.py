@@ -1,0 +1,1 @@
+"""When and how the guidance branches are evaluated and combined."""

@@ -1,0 +1,1 @@
+"""Which noise levels the solver visits."""

@@ -1,0 +1,1 @@
+"""Which evaluations of the network run at all."""

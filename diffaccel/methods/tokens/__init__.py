@@ -1,0 +1,1 @@
+"""Fewer tokens inside of the attentions of one evaluation."""

@@ -1,0 +1,1 @@
+"""Recipes: sets of method settings, their JSON form, and those that come with the package."""
