@@ -29,8 +29,8 @@ from diffaccel.kernels.registration import recording
 from diffaccel.models.compiled import is_compiled
 from diffaccel.models.model_map import ModelMap, describe, is_spread
 from diffaccel.models.transformers import TransformerLayout
-from diffaccel.recipes.presets import resolve_recipe
 from diffaccel.recipes.recipe import Recipe
+from diffaccel.recipes.resolve import resolve_recipe
 
 _OWN = frozenset({"pipe", "recipe", "report", "attention_kernel", "_ledger", "_measured", "_networks"})
 

@@ -20,11 +20,12 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(folder) for folder in (DOCS, ROOT) if str(folder) not in sys.path]
 
 import erasure_tables
+import folders
 import tables
 
 SECTION = re.compile(r"(<!-- generated: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- end generated -->)", re.DOTALL)
 Maker = Callable[..., str]
-MAKERS: dict[str, Maker] = {**tables.MAKERS, "erasure": erasure_tables.erasure}
+MAKERS: dict[str, Maker] = {**tables.MAKERS, **folders.MAKERS, "erasure": erasure_tables.erasure}
 
 
 def fill(text: str, makers: dict[str, Maker]) -> str:
@@ -42,7 +43,8 @@ def fill(text: str, makers: dict[str, Maker]) -> str:
 
 def pages() -> list[Path]:
     """Files that may hold marked sections."""
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    readmes = (folder / "README.md" for folder in folders.crowded())
+    return [ROOT / "README.md", *sorted({*DOCS.rglob("*.md"), *readmes})]
 
 
 def on_config(config: Any) -> Any:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS))
 
+import folders
 import hooks
 import tables
 
@@ -41,6 +42,14 @@ def test_computed_sections_are_up_to_date(page):
     text = page.read_text()
     assert hooks.fill(text, hooks.MAKERS) == text, f"{page.name} is out of date; run `make docs`"
     assert text.count("<!-- generated:") == text.count("<!-- end generated -->")
+
+
+@pytest.mark.parametrize("folder", sorted(folders.crowded()), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_crowded_folder_has_a_table_of_its_files(folder):
+    text = (folder / "README.md").read_text()
+    missing = [name for name, _ in folders.entries(folder) if not name.startswith("test_") and name not in text]
+    assert not missing
+    assert all(purpose for _, purpose in folders.entries(folder)), "a file without a docstring"
 
 
 def test_the_compatibility_tables_are_up_to_date():

@@ -32,8 +32,8 @@ from diffaccel import (
 )
 from diffaccel.erasure import read_concepts
 from diffaccel.methods import Erase, registry
-from diffaccel.recipes.presets import resolve_recipe
 from diffaccel.recipes.recipe import CONFLICTS, build_method
+from diffaccel.recipes.resolve import resolve_recipe
 
 # No setting below has its default value.
 SCHEDULED = {

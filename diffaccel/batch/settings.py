@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffaccel.errors import DiffaccelError
-from diffaccel.recipes.presets import resolve_recipe
 from diffaccel.recipes.recipe import Recipe
+from diffaccel.recipes.resolve import resolve_recipe
 
 SHOWN_PROBLEMS = 20
 

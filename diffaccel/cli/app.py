@@ -101,7 +101,7 @@ def generate(
     """Make pictures with a recipe and say what it saved."""
     from diffaccel import generate as work
     from diffaccel.files.output import OutputFolder
-    from diffaccel.recipes.presets import resolve_recipe
+    from diffaccel.recipes.resolve import resolve_recipe
 
     chosen = resolve_recipe(recipe)
     jobs = work.plan(prompts, seed, count, OutputFolder(output, overwrite))
@@ -185,7 +185,7 @@ def compare(
     from diffaccel.files.output import OutputFolder
     from diffaccel.generate import check_steps
     from diffaccel.measure import compare as work
-    from diffaccel.recipes.presets import resolve_recipe
+    from diffaccel.recipes.resolve import resolve_recipe
 
     chosen = [resolve_recipe(name) for name in recipe or ("balanced", "fast")]
     cases, judge = _cases(prompts or [], held_out, model, seed)
@@ -261,8 +261,9 @@ def recipes(
     debug: Debug = False,
 ) -> None:
     """List the presets, show one recipe as JSON, or check a recipe file."""
-    from diffaccel.recipes.presets import presets, resolve_recipe
+    from diffaccel.recipes.presets import presets
     from diffaccel.recipes.recipe import Recipe
+    from diffaccel.recipes.resolve import resolve_recipe
 
     if check is not None and name is not None:
         raise typer.BadParameter("give a recipe to show or --check with a file, not both.")

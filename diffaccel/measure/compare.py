@@ -43,8 +43,8 @@ from diffaccel.measure.runner import (
     verify_plain,
 )
 from diffaccel.measure.timing import Clock, machine, ratio, spread
-from diffaccel.recipes.presets import resolve_recipe
 from diffaccel.recipes.recipe import Recipe
+from diffaccel.recipes.resolve import resolve_recipe
 
 
 def compare(

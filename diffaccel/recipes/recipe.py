@@ -283,3 +283,6 @@ def check_conflicts(methods: Sequence[Method]) -> None:
     for pair, sentence in CONFLICTS.items():
         if pair <= active:
             raise RecipeError(sentence)
+
+
+OFF = Recipe(name="off", note="No method: bit-identical to the stock pipeline, with a report.")
