@@ -16,7 +16,7 @@ from diffaccel.errors import Unsupported
 from diffaccel.kernels import cache_write as file
 from diffaccel.kernels.cache_write import MOST_NUMBERS, _operator, cache_write, cache_write_oracle, constants
 from diffaccel.kernels.triton_support import force_triton
-from diffaccel.models.regions import rotate_pairs
+from diffaccel.models.facts import rotate_pairs
 
 NAMES = ("key", "value", "keys", "values", "index", "cosine", "sine", "weight")
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from diffaccel.errors import Unsupported
-from diffaccel.models.text_routes import Reader, RouteName, Source, TextRoute, describe_text_routes
+from diffaccel.models.facts import Reader, RouteName, Source, TextRoute
+from diffaccel.models.text_routes import describe_text_routes
 from diffaccel.pipelines.find import find_convention
 
 CONTROL = "The ControlNet reads the prompt by projections of its own, which the edit leaves as they are."

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffaccel.edits.concepts import ErasureError
 from diffaccel.edits.routes import Route, sections
 from diffaccel.errors import Unsupported
-from diffaccel.models.text_routes import Source
+from diffaccel.models.facts import Source
 
 Policy = Literal["last", "span", "tail", "words", "all", "context"]
 Key = tuple[int, str, int]

@@ -1,18 +1,18 @@
-"""Where text and image meet: separate cross-attentions, joint attentions, and what a pipeline calls its negative text.
-
-Everything here was read in diffusers 0.42.
-"""
+"""Where text and image meet: separate cross-attentions, joint attentions, and what a pipeline calls its negative text."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from diffaccel.errors import Unsupported
 from diffaccel.models.call import Call
+from diffaccel.models.facts import NegativeText, TextAttention
+from diffaccel.models.families import unet
+from diffaccel.models.known import KNOWN, family_of
 from diffaccel.models.transformers import TransformerLayout
 from diffaccel.models.unet import UNetLayout
 
@@ -48,41 +48,6 @@ class JointSite:
     text_first: bool
 
 
-@dataclass(frozen=True)
-class NegativeText:
-    """Where the negative text is among the outputs of a pipeline's `encode_prompt`.
-
-    Attributes:
-        embeddings: number of the output with one row per token; None if `encode_prompt` knows no negative prompts and is
-            called a second time (FLUX), when it is the first output.
-        mask: number of the output with its attention mask.
-    """
-
-    embeddings: int | None
-    mask: int | None = None
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Names of one class. `kind`: separate cross-attentions, or joint attention of text and image."""
-
-    kind: Literal["cross", "joint"]
-    blocks: tuple[tuple[str, str], ...]
-    negative: NegativeText | None = None
-
-
-_ENTRIES = {
-    "PixArtTransformer2DModel": _Entry("cross", (("transformer_blocks", "attn2"),), NegativeText(2, 3)),
-    "SanaTransformer2DModel": _Entry("cross", (("transformer_blocks", "attn2"),)),
-    "HunyuanDiT2DModel": _Entry("cross", (("blocks", "attn2"),)),
-    "SD3Transformer2DModel": _Entry("joint", (("transformer_blocks", "attn"),), NegativeText(1)),
-    "FluxTransformer2DModel": _Entry(
-        "joint", (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), NegativeText(None)
-    ),
-}
-_UNET_NEGATIVE = NegativeText(1)
-
-
 def cross_sites(method: str, network: nn.Module, layout: UNetLayout | TransformerLayout) -> tuple[CrossSite, ...]:
     """All separate cross-attentions of a denoiser.
 
@@ -102,8 +67,8 @@ def joint_sites(method: str, network: nn.Module) -> tuple[JointSite, ...]:
     Raises:
         Unsupported: an IP-Adapter is loaded.
     """
-    entry = _ENTRIES.get(type(network).__name__)
-    if entry is None or entry.kind != "joint":
+    entry = family_of(network).text
+    if not isinstance(entry, TextAttention) or entry.kind != "joint":
         return ()
     _refuse_adapters(method, network)
     return tuple(
@@ -128,10 +93,10 @@ def negative_text(method: str, network: nn.Module, layout: UNetLayout | Transfor
             "text_proj",
         ):
             raise Unsupported(f"{method}: the text of this UNet reaches more than its cross-attentions.")
-        return _UNET_NEGATIVE
-    entry = _ENTRIES.get(type(network).__name__)
-    if entry is None or entry.negative is None:
-        known = ", ".join(name for name, known in _ENTRIES.items() if known.negative)
+        return unet.NEGATIVE
+    entry = family_of(network).text
+    if not isinstance(entry, TextAttention) or entry.negative is None:
+        known = ", ".join(name for name, family in KNOWN.items() if getattr(family.text, "negative", None))
         raise Unsupported(
             f"{method} does not work on {type(network).__name__}; it works on UNet2DConditionModel, {known}."
         )
@@ -161,8 +126,8 @@ def _unet_sites(network: nn.Module, layout: UNetLayout) -> tuple[CrossSite, ...]
 
 
 def _transformer_sites(network: nn.Module, layout: TransformerLayout) -> tuple[CrossSite, ...]:
-    entry = _ENTRIES.get(type(network).__name__)
-    if entry is None or entry.kind != "cross":
+    entry = family_of(network).text
+    if not isinstance(entry, TextAttention) or entry.kind != "cross":
         return ()
     return tuple(
         CrossSite(getattr(block, name), layout.patch)
@@ -176,8 +141,8 @@ def _list(owner: Any, name: str) -> list[Any]:
 
 
 def _why(network: nn.Module, layout: UNetLayout | TransformerLayout) -> str:
-    if type(network).__name__ == "DiTTransformer2DModel":
-        return "it draws class numbers and reads no text"
+    if isinstance(reason := family_of(network).text, str):
+        return reason
     if isinstance(layout, TransformerLayout) and layout.stacks[0].outputs != ("image",):
         return "text and image share one softmax there; only separate cross-attention to text can be made sparse"
     return (

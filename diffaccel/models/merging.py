@@ -1,22 +1,19 @@
-"""What token merging must know about a diffusion transformer: where image tokens attend, and how positions enter.
-
-Everything here was read in diffusers 0.42.
-"""
+"""What token merging must know about a diffusion transformer: where image tokens attend, and how positions enter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from diffaccel.errors import Unsupported
 from diffaccel.models.call import Call
 from diffaccel.models.compiled import is_compiled
+from diffaccel.models.facts import Bias, Merging
+from diffaccel.models.known import family_of
 from diffaccel.models.transformers import describe_transformer
-
-Bias = Literal["rows", "heads", "none"]
 
 
 @dataclass(frozen=True)
@@ -59,45 +56,6 @@ class MergeFacts:
     grid: Callable[[Call], tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Names of one class. `attentions`: (list of blocks, attribute of the block, joint)."""
-
-    attentions: tuple[tuple[str, str, bool], ...]
-    bias: Bias
-    rotary: str | None = None
-    packed: bool = False
-
-
-_ENTRIES = {
-    "SD3Transformer2DModel": _Entry(
-        (("transformer_blocks", "attn", False), ("transformer_blocks", "attn2", False)), bias="none"
-    ),
-    "FluxTransformer2DModel": _Entry(
-        (("transformer_blocks", "attn", False), ("single_transformer_blocks", "attn", True)),
-        bias="heads",
-        rotary="image_rotary_emb",
-        packed=True,
-    ),
-    "PixArtTransformer2DModel": _Entry((("transformer_blocks", "attn1", False),), bias="rows"),
-}
-_LINEAR = "its self-attention is linear in the tokens already, so there is next to nothing to save."
-_PROCESSOR = "its attention rotates tokens by tables that its processors keep per row, which has not been worked out."
-_VIDEO = "which tokens of a video may be merged over time has not been worked out."
-_REFUSALS = {
-    "SanaTransformer2DModel": _LINEAR,
-    "HunyuanDiT2DModel": _PROCESSOR,
-    "LuminaNextDiT2DModel": _PROCESSOR,
-    "Lumina2Transformer2DModel": _PROCESSOR,
-    "ZImageTransformer2DModel": _PROCESSOR,
-    "QwenImageTransformer2DModel": "its attention takes the masks and the rotary tables of text and image apart.",
-    "CogView4Transformer2DModel": "its attention projects text and image together, which has not been worked out.",
-    "Flux2Transformer2DModel": "its single blocks make queries, keys, values and the MLP in one projection.",
-    "WanTransformer3DModel": _VIDEO,
-    "CogVideoXTransformer3DModel": _VIDEO,
-}
-
-
 def merge_facts(method: str, network: nn.Module) -> MergeFacts:
     """Where tokens can be merged in this transformer.
 
@@ -105,9 +63,9 @@ def merge_facts(method: str, network: nn.Module) -> MergeFacts:
         Unsupported: in this transformer, or the way it is set up now, they cannot.
     """
     name = type(network).__name__
-    entry, layout = _ENTRIES.get(name), describe_transformer(network)
-    if entry is None or layout is None:
-        why = _REFUSALS.get(name, "where its image tokens attend has not been worked out.")
+    entry, layout = family_of(network).merging, describe_transformer(network)
+    if not isinstance(entry, Merging) or layout is None:
+        why = entry or "where its image tokens attend has not been worked out."
         raise Unsupported(f"{method} does not work on {name}: {why}")
     reason = _refuse_setup(network)
     if reason:
@@ -122,15 +80,12 @@ def merge_facts(method: str, network: nn.Module) -> MergeFacts:
     sites.sort(key=lambda site: site.block)
 
     def grid(call: Call) -> tuple[int, int]:
-        if entry.packed:
-            ids = call.arguments["img_ids"]
-            tokens = call.sample.shape[1]
-            height = int(ids.reshape(-1, ids.shape[-1])[:tokens, 1].max()) + 1
-            return height, tokens // height
+        if entry.grid is not None:
+            return entry.grid(call.arguments, call.sample.shape[1])
         height, width = call.sample.shape[-2:]
         return height // layout.patch, width // layout.patch
 
-    return MergeFacts(tuple(sites), len(layout.blocks), entry.rotary, entry.bias, entry.packed, grid)
+    return MergeFacts(tuple(sites), len(layout.blocks), entry.rotary, entry.bias, entry.grid is not None, grid)
 
 
 def _refuse_setup(network: Any) -> str | None:

@@ -1,12 +1,13 @@
-"""Where things are in diffusers' diffusion transformers: one entry per class."""
+"""Where things are in a diffusion transformer: its layout, from the facts of its family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from diffaccel.models.known import KNOWN, family_of
 
 ATTACHED_BRANCHES = "skip_branches"  # attribute of a transformer that holds attached long skips
 
@@ -69,71 +70,9 @@ class ControlLayout:
     outputs: tuple[nn.Module, ...]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Attribute names of one transformer class."""
-
-    stacks: tuple[tuple[str, tuple[str, ...]], ...]
-    embed: str
-    norm: str | None = "norm_out"
-    head: str = "proj_out"
-    patch: Callable[[Any], int] = lambda config: int(config.patch_size)
-    long_skips: Callable[[int], tuple[tuple[int, int], ...]] = lambda blocks: ()
-
-
-def _hunyuan_skips(blocks: int) -> tuple[tuple[int, int], ...]:
-    """Blocks after the middle one read the outputs of the first ones; the two innermost blocks are unpaired."""
-    return tuple((i, blocks - 1 - i) for i in range(blocks // 2 - 1))
-
-
-def _single(config: Any) -> int:
-    return 1
-
-
-def _last(config: Any) -> int:
-    return int(config.patch_size[-1])
-
-
-def _first_listed(config: Any) -> int:
-    return int(config.all_patch_size[0])
-
-
-_IMAGE = ("image",)
-_TEXT_IMAGE = ("text", "image")
-_JOINT = ("joint",)
-
-_ENTRIES: dict[str, _Entry] = {
-    "SD3Transformer2DModel": _Entry((("transformer_blocks", _TEXT_IMAGE),), "pos_embed"),
-    "FluxTransformer2DModel": _Entry(
-        (("transformer_blocks", _TEXT_IMAGE), ("single_transformer_blocks", _TEXT_IMAGE)), "x_embedder", patch=_single
-    ),
-    "Flux2Transformer2DModel": _Entry(
-        (("transformer_blocks", _TEXT_IMAGE), ("single_transformer_blocks", _JOINT)), "x_embedder", patch=_single
-    ),
-    "PixArtTransformer2DModel": _Entry((("transformer_blocks", _IMAGE),), "pos_embed"),
-    "HunyuanDiT2DModel": _Entry((("blocks", _IMAGE),), "pos_embed", long_skips=_hunyuan_skips),
-    "LuminaNextDiT2DModel": _Entry((("layers", _IMAGE),), "patch_embedder", head="norm_out"),
-    "Lumina2Transformer2DModel": _Entry((("layers", _JOINT),), "x_embedder", head="norm_out"),
-    "AuraFlowTransformer2DModel": _Entry(
-        (("joint_transformer_blocks", _TEXT_IMAGE), ("single_transformer_blocks", _JOINT)), "pos_embed"
-    ),
-    "SanaTransformer2DModel": _Entry((("transformer_blocks", _IMAGE),), "patch_embed"),
-    "DiTTransformer2DModel": _Entry((("transformer_blocks", _IMAGE),), "pos_embed", head="proj_out_2"),
-    "QwenImageTransformer2DModel": _Entry((("transformer_blocks", _TEXT_IMAGE),), "img_in", patch=_single),
-    "ZImageTransformer2DModel": _Entry(
-        (("layers", _JOINT),), "all_x_embedder", norm=None, head="all_final_layer", patch=_first_listed
-    ),
-    "CogView4Transformer2DModel": _Entry((("transformer_blocks", ("image", "text")),), "patch_embed"),
-    "WanTransformer3DModel": _Entry((("blocks", _IMAGE),), "patch_embedding", patch=_last),
-    "CogVideoXTransformer3DModel": _Entry(
-        (("transformer_blocks", ("image", "text")),), "patch_embed", norm="norm_final"
-    ),
-}
-
-
 def describe_transformer(network: nn.Module) -> TransformerLayout | None:
     """Layout of a known diffusion transformer; None for any other class."""
-    entry = _ENTRIES.get(type(network).__name__)
+    entry = family_of(network).blocks
     if entry is None:
         return None
     stacks = tuple(Stack(name, _blocks(network, name), outputs) for name, outputs in entry.stacks)
@@ -154,9 +93,9 @@ def describe_transformer(network: nn.Module) -> TransformerLayout | None:
 
 def describe_control(net: nn.Module) -> ControlLayout | None:
     """Layout of a ControlNet whose residuals go to long skips; None for any other network."""
-    if type(net).__name__ != "HunyuanDiT2DControlNetModel":
-        return None
-    return ControlLayout(_blocks(net, "blocks"), _blocks(net, "controlnet_blocks"))
+    known = {family.control.network: family.control for family in KNOWN.values() if family.control}
+    entry = known.get(type(net).__name__)
+    return None if entry is None else ControlLayout(_blocks(net, entry.blocks), _blocks(net, entry.outputs))
 
 
 def _attached_branches(network: nn.Module) -> tuple[nn.Module, ...]:

@@ -11,7 +11,7 @@ import torch
 from diffaccel.engine.run import Run
 from diffaccel.errors import Unsupported
 from diffaccel.models.call import Call
-from diffaccel.models.cross_attention import NegativeText
+from diffaccel.models.facts import NegativeText
 
 Forward = Callable[..., Any]
 

@@ -20,7 +20,8 @@ from diffaccel.engine.seams import Seams
 from diffaccel.kernels.cache_write import cache_write
 from diffaccel.methods.regions.history import History
 from diffaccel.methods.regions.select import flat_index, gather_rows
-from diffaccel.models.regions import RegionFacts, Site, Table, rotate_pairs
+from diffaccel.models.facts import Table, rotate_pairs
+from diffaccel.models.regions import RegionFacts, Site
 from diffaccel.models.transformers import TransformerLayout
 
 Forward = Callable[..., Any]
