@@ -16,7 +16,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-import diffaccel
 from diffaccel.cli.batch import batch
 from diffaccel.cli.demo import demo
 from diffaccel.cli.erase import erase
@@ -102,11 +101,12 @@ def generate(
     from diffaccel import generate as work
     from diffaccel.files.output import OutputFolder
     from diffaccel.recipes.resolve import resolve_recipe
+    from diffaccel.wrapping import wrap
 
     chosen = resolve_recipe(recipe)
     jobs = work.plan(prompts, seed, count, OutputFolder(output, overwrite))
     settings = work.Settings(steps, _guidance(guidance, model), negative, size, batch_size, metadata=not no_metadata)
-    fast = diffaccel.wrap(_load(model, scheduler, device, dtype, variant), chosen, attention_kernel=attention)
+    fast = wrap(_load(model, scheduler, device, dtype, variant), chosen, attention_kernel=attention)
     saved: list[Path] = []
     reports: list[Report] = []
     try:
