@@ -2,7 +2,7 @@
 
 First Block Cache (ParaAttention, after TeaCache, arXiv 2411.19108), MagCache (arXiv 2506.09045), TaylorSeer (arXiv
 2503.06923) and Pyramid Attention Broadcast (arXiv 2408.12588); and the one of cache-dit where that is installed
-(block_cache_dit.py). The rule and what is reused are theirs. This file opens the cache context of every guidance branch,
+(dual_block_cache.py). The rule and what is reused are theirs. This file opens the cache context of every guidance branch,
 gives the step index and the number of steps, keeps a state per network call, forces full evaluations (warm-up, cap on
 hits, changed inputs) and sees by the modules that ran whether a call was a hit. Hooks exist only while a run lasts;
 afterwards the network is as it was, whatever diffusers leaves behind.

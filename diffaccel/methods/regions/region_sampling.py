@@ -3,7 +3,7 @@
 Liu et al., "Region-Adaptive Sampling for Diffusion Transformers" (arXiv 2502.10389). A region step computes the active
 tokens against the stored keys and values of all tokens; the others keep their last prediction, here extrapolated along
 the noise axis from their last two evaluations. The scheduler always gets a full prediction. Which tokens are active is
-decided per image from the guided prediction of the step before (regions_select.py); all guidance branches use one set.
+decided per image from the guided prediction of the step before (select.py); all guidance branches use one set.
 """
 
 from __future__ import annotations
