@@ -603,7 +603,7 @@ def test_what_is_wrong_with_a_list_names_no_place_on_the_server(session, tmp_pat
     (tmp_path / "list.csv").write_bytes(b"prompt\n\xff\n")
     with pytest.raises(PageError) as refused:
         batching.check(session.new_folder(), str(tmp_path / "list.csv"), batching.Options())
-    assert str(refused.value) == "the list is not a text file in UTF-8."
+    assert str(refused.value) == "the list is not a text file in UTF-8: invalid start byte."
 
 
 def test_looking_at_lists_pushes_out_no_results(engine, tmp_path):

@@ -179,7 +179,7 @@ def test_actions_read_no_files_of_the_machine(address, client, tmp_path):
     (tmp_path / "mine.txt").write_text("a secret of this machine")
     cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
     file = {"path": str(tmp_path / "mine.txt"), "meta": {"_type": "gradio.FileData"}}
-    said = called(address, cookie, "check_batch", [file, 0, 2, None, None, None, "png", True])
+    said = called(address, cookie, "check_batch", [file, 0, 2, None, None, None, "png", True, "shapes-sd"])
     assert "event: error" in said
     assert "secret" not in said
 
@@ -191,7 +191,7 @@ def test_the_server_fetches_no_addresses(address, client, place, action):
     cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
     file = {"path": place, "meta": {"_type": "gradio.FileData"}}
     data = {
-        "check_batch": [file, 0, 2, None, None, None, "png", True],
+        "check_batch": [file, 0, 2, None, None, None, "png", True, "shapes-sd"],
         "upload_recipe": [file, "shapes-sd"],
         "compare": ["shapes-sd", file, *PICTURE[2:], "off", False],
     }

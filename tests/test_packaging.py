@@ -95,7 +95,7 @@ def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         prefix = f"diffaccel-{diffaccel.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{prefix}/METADATA"))
-        assert b"diffaccel = diffaccel.cli.app:main" in archive.read(f"{prefix}/entry_points.txt")
+        assert b"diffaccel = diffaccel.cli:main" in archive.read(f"{prefix}/entry_points.txt")
         assert f"{prefix}/licenses/LICENSE" in archive.namelist()
     assert metadata["Version"] == diffaccel.__version__
     assert metadata["License-Expression"] == "Apache-2.0"

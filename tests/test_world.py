@@ -617,3 +617,12 @@ def test_cases_are_plain_data():
     case = held_out_prompts("pair", 1)[0]
     assert isinstance(case, WorldCase)
     assert json.dumps(dataclasses.asdict(case))
+
+
+def test_a_version_without_the_judge_says_so(monkeypatch, tmp_path):
+    from diffaccel.errors import DiffaccelError
+    from diffaccel.miniatures import world
+
+    monkeypatch.setattr(world, "JUDGE_FOLDER", tmp_path)
+    with pytest.raises(DiffaccelError, match="the judge of the world is still in training"):
+        world.load_judge()

@@ -34,9 +34,15 @@ def load_judge() -> WorldJudge:
 
     `judge.score(images, cases)` says which pictures show what their prompt asks for. It knows no other pictures; how
     often it is right stands in judge.json.
+
+    Raises:
+        DiffaccelError: this version comes without it; training/README.md says how it is trained.
     """
+    from diffaccel.errors import DiffaccelError
     from diffaccel.miniatures.world.judge import WorldJudge
 
+    if not (JUDGE_FOLDER / "judge.json").is_file():
+        raise DiffaccelError("the judge of the world is still in training and does not come with this version.")
     return WorldJudge.load(JUDGE_FOLDER)
 
 
