@@ -20,8 +20,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 # Another processor's rounding: without AVX-512, matrix units and bfloat16 instructions.
-NUMERIC := $(wildcard tests/test_erasure_*.py) tests/test_attention_body.py tests/test_block_selection.py tests/test_cache_write.py \
-	tests/test_dense.py tests/test_matching.py tests/test_merge.py tests/test_nag_blend.py tests/test_slot_map.py tests/test_sparse_softmax.py
+NUMERIC := $(filter-out %_benchmark.py %_evidence.py %_apply.py,$(wildcard tests/test_erasure_*.py)) tests/test_attention_body.py \
+	tests/test_block_selection.py tests/test_cache_write.py tests/test_dense.py tests/test_matching.py tests/test_merge.py \
+	tests/test_nag_blend.py tests/test_slot_map.py tests/test_sparse_softmax.py
 test-numeric: $(VENV)/.installed-dev
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 		$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS) $(NUMERIC)
