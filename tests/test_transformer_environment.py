@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -431,3 +437,22 @@ def test_a_backend_without_masks_cannot_weigh_merged_tokens():
     reason = "proportional needs an attention that takes masks, and the backend set on"
     with attention_backend(pipe, "_native_flash"), pytest.raises(Unsupported, match=reason):
         run(fast, "flux-dev", steps=2)
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_picture_decide_alike():
+    """Under context parallelism a process that reused what the other one computes would wait for it for ever."""
+    folder = Path(__file__).parent
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    done = subprocess.run(
+        [sys.executable, *command, "localhost:0", str(folder / "two_processes.py")],
+        env=os.environ | {"PYTHONPATH": f"{folder.parent}:{folder}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [name for name, _, _ in found] == ["forecast", "residual_cache", "step_reuse", "mag"], done.stderr
+    assert all(first == second for _, first, second in found), found
+    assert all(re.search(r'"(cached|reused|hits)": [1-9]', first) for _, first, _ in found), found
